@@ -1,0 +1,1 @@
+"""Blobs: the small file that takes an original's place. Bytes in, bytes out; nothing here touches a store."""

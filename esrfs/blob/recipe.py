@@ -1,0 +1,128 @@
+"""The recipe: the record inside a blob that says how to rebuild its view, byte for byte.
+
+This module is the reference for the recipe's format. A recipe is a msgpack map with the field names below (short keys
+would save a few dozen bytes and cost every later reader), compressed by the container (``container.py``). Fields may be added with a default;
+a field's meaning never changes; a reader that meets a larger ``version`` shows the blob as the AVIF it is.
+
+A view is ``prefix + scan + suffix``. Prefix and suffix are written down here (``Literal`` bytes and runs of one byte), so
+that everything but the compressed pixels is served without a network. Only the scan needs the engine.
+"""
+
+from __future__ import annotations
+
+from typing import Literal as OneOf
+
+import msgspec
+
+RECIPE_VERSION = 1
+
+
+class Literal(msgspec.Struct, frozen=True, tag="bytes"):
+    """These very bytes."""
+
+    data: bytes
+
+
+class Run(msgspec.Struct, frozen=True, tag="run"):
+    """``count`` times the byte ``value`` (0 to 255): fill."""
+
+    value: int
+    count: int
+
+
+Span = Literal | Run
+
+
+class JpegCoding(msgspec.Struct, frozen=True, tag="jpeg"):
+    """How pixels become the entropy-coded data of a baseline JPEG with the standard Huffman tables (ITU-T T.81, annex K)."""
+
+    mode: OneOf["L", "RGB"]
+    subsampling: OneOf["4:4:4", "4:2:2", "4:2:0"]
+    quantisation: list[list[int]]
+    """One table of 64 values (zigzag order, 1 to 255) for each component."""
+
+
+class PngCoding(msgspec.Struct, frozen=True, tag="png"):
+    """How pixels become IDAT chunks: 8 bits a sample, not interlaced."""
+
+    mode: OneOf["L", "LA", "RGB", "RGBA"]
+    compress_level: int
+    alpha: bytes = b""
+    """The alpha plane (height × width bytes), zlib-compressed, exact; empty for modes without alpha."""
+
+
+Coding = JpegCoding | PngCoding
+
+
+class Scores(msgspec.Struct, frozen=True):
+    """What the gate measured on the encoded view against the original's pixels."""
+
+    ssimulacra2: float
+    """Whole picture; 100 is identical, 70 "high quality"."""
+    worst_tile: float
+    """SSIMULACRA2 of the worst 256×256 tile."""
+    psnr: float
+    """dB over all samples; 99 for identical pictures."""
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True):
+    version: int = RECIPE_VERSION
+    width: int
+    """Of the view, in pixels as stored (EXIF orientation not applied)."""
+    height: int
+    original_size: int
+    """Bytes of the original, and so of the view: st_size for ever."""
+    sha256_original: bytes
+    sha256_view: bytes
+    preset: str
+    """The policy's preset that this blob passed: faithful, high, balanced, small."""
+    scale: int
+    """1 to 4: the AVIF has ceil(width / scale) × ceil(height / scale) pixels."""
+    network: str
+    """Name of the network that enlarges, for people; empty at scale 1 without a filter."""
+    network_sha256: bytes
+    """Of the network's file; the store keeps a copy under ``networks/``. Empty when there is no network."""
+    quality: int
+    """AVIF quality of the blob's picture (Pillow's scale, 0 to 100)."""
+    coding: Coding
+    prefix: list[Span]
+    scan_length: int
+    suffix: list[Span]
+    encoder: str
+    """Versions that wrote the scan, e.g. ``pillow 12.1.0, libjpeg-turbo 3.1.0``: explains a later difference."""
+    scores: Scores
+    created_by: str
+    """``esrfs 0.1.0``."""
+
+
+def length(spans: list[Span]) -> int:
+    """Bytes that ``spans`` stand for."""
+    return sum(len(span.data) if isinstance(span, Literal) else span.count for span in spans)
+
+
+def expand(spans: list[Span]) -> bytes:
+    """The bytes that ``spans`` stand for."""
+    return b"".join(span.data if isinstance(span, Literal) else bytes([span.value]) * span.count for span in spans)
+
+
+def encode(recipe: Recipe) -> bytes:
+    return msgspec.msgpack.encode(recipe)
+
+
+_decoder = msgspec.msgpack.Decoder(Recipe)
+
+
+def decode(data: bytes) -> Recipe:
+    """Read a recipe and check what a reader relies on.
+
+    Raises ValueError when ``data`` is no recipe, is of a newer version, or its parts don't add up to ``original_size``.
+    """
+    try:
+        recipe = _decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"not a recipe: {error}") from error
+    if recipe.version > RECIPE_VERSION:
+        raise ValueError(f"recipe version {recipe.version} is newer than this esrfs reads ({RECIPE_VERSION})")
+    if length(recipe.prefix) + recipe.scan_length + length(recipe.suffix) != recipe.original_size:
+        raise ValueError("the recipe's parts don't add up to the size of its view")
+    return recipe

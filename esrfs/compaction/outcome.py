@@ -1,0 +1,73 @@
+"""What compaction is asked and what it answers; these travel between the mount and the engine."""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+PRESETS: dict[str, tuple[float, float]] = {
+    # preset: least SSIMULACRA2 of the whole picture, how far below that the worst 256×256 tile may lie
+    "faithful": (85.0, 15.0),
+    "high": (70.0, 15.0),
+    "balanced": (60.0, 20.0),
+    "small": (50.0, 25.0),
+}
+
+
+class Policy(msgspec.Struct, frozen=True):
+    """What the owner of the store asks for."""
+
+    preset: str = "high"
+    network: str = "lite-x2"
+    min_saving: float = 0.2
+    """A blob is kept only if it is smaller than the original by at least this share."""
+    max_megapixels: float = 200.0
+    """Larger pictures are left alone: a bound on memory, and against decompression bombs."""
+
+
+class Verdict(enum.StrEnum):
+    COMPACTED = "compacted"
+    REFUSED = "refused"
+    """esrfs could carry the file, but the gate said no: quality, fit, or not worth it."""
+    PASSED_THROUGH = "passed_through"
+    """A kind of file that esrfs does not promise anything for; it stays bit for bit."""
+
+
+class Reason(enum.StrEnum):
+    """Why a file is not compacted; stable identifiers, shown beside the message."""
+
+    NOT_A_PICTURE = "not_a_picture"
+    UNSUPPORTED_KIND = "unsupported_kind"
+    """A picture, but of a kind or with a feature that is passed through (progressive, CMYK, 16 bit, animation …)."""
+    SIGNED = "signed"
+    """Signed over its pixels (C2PA/JUMBF, caBX)."""
+    BROKEN = "broken"
+    TOO_LARGE = "too_large"
+    TOO_SMALL = "too_small"
+    QUALITY = "quality"
+    DOES_NOT_FIT = "does_not_fit"
+    """The rebuilt picture can't be encoded in the original's number of bytes."""
+    NOT_WORTH_IT = "not_worth_it"
+    HARD_LINKS = "hard_links"
+    TEMPORARY_NAME = "temporary_name"
+    METADATA = "metadata"
+    """Owner, mode, ACL, xattrs or times could not be carried over to the blob."""
+    ERROR = "error"
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to one compaction. ``recipe`` (encoded) and ``avif`` are set for COMPACTED only."""
+
+    verdict: Verdict
+    reason: Reason | None = None
+    message: str = ""
+    """One sentence for people; empty for COMPACTED."""
+    recipe: bytes = b""
+    avif: bytes = b""
+    kind: str = ""
+    """``jpeg``, ``png``, or what the content was recognised as; empty if not."""
+    width: int = 0
+    height: int = 0
+    score: float | None = None
+    """Best SSIMULACRA2 that was reached, also for REFUSED."""
