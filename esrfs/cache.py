@@ -1,0 +1,265 @@
+"""The cache of rebuilt views: an LRU on disk (diskcache), raw files only.
+
+A view is kept under the sha256 that its recipe pins. A hit is a file descriptor, so a view that is open survives its
+eviction. The cache may fail in any way (full disk, damaged database, no permission) and the mount goes on without it:
+:meth:`ViewCache.put` then hands out an unnamed file in memory, and says so in the log once.
+
+Two segments keep a scan (backup, indexer) from flushing what people look at: a view enters ``new`` (a quarter of the
+limit) and moves to ``kept`` when it is asked for again later. A scan reads each file once, so it only cycles ``new``.
+
+Threads: diskcache opens an SQLite connection for each thread, and a mount has hundreds, so one thread of our own talks to
+it. No lock is held while waiting for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import diskcache
+
+from esrfs import faults
+
+log = logging.getLogger("esrfs.cache")
+
+DEFAULT_SIZE_LIMIT = 10 * 2**30
+DEFAULT_FREE_FLOOR = 2 * 2**30
+NEW_SHARE = 0.25
+"""Of the size limit, for views that were asked for once."""
+PROMOTE_AFTER_SECONDS = 30.0
+"""A second request within this time is the same program still at work, no sign that the view is wanted again."""
+
+_FAILURES = (OSError, sqlite3.Error, diskcache.Timeout, ValueError)
+
+T = TypeVar("T")
+
+
+class _RawDisk(diskcache.Disk):  # type: ignore[misc]
+    """Values are raw files, keys are text. A pickle, which runs code when it is read, is neither written nor read."""
+
+    def store(self, value: Any, read: bool, key: Any = diskcache.UNKNOWN) -> Any:
+        if not read:
+            raise ValueError("the view cache stores files only")
+        return super().store(value, read, key=key)
+
+    def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
+        if mode == diskcache.core.MODE_PICKLE or filename is None:
+            raise ValueError("the view cache holds something that is not a raw file")
+        return super().fetch(mode, filename, value, read)
+
+    def put(self, key: Any) -> Any:
+        if not isinstance(key, str):
+            raise ValueError("keys of the view cache are hex strings")
+        return super().put(key)
+
+
+class ViewCache:
+    """Views by the sha256 that their recipe pins (hex). Safe to use from any thread."""
+
+    def __init__(
+        self, directory: Path, size_limit: int = DEFAULT_SIZE_LIMIT, free_floor: int = DEFAULT_FREE_FLOOR
+    ) -> None:
+        """``size_limit`` and ``free_floor`` (least free space on the cache's filesystem) in bytes; never raises."""
+        self._directory = directory
+        self._size_limit = size_limit
+        self._free_floor = free_floor
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="esrfs-cache")
+        self._new: Any = None
+        self._kept: Any = None
+        self._warned = False
+        self._verified: set[str] = set()
+        self._stored_at: dict[str, float] = {}
+        self.hits = 0
+        self.misses = 0
+        self._attempt("open", self._open, None)
+
+    # Everything that touches diskcache runs in the cache's own thread.
+
+    def _attempt(self, what: str, work: Callable[[], T], otherwise: T) -> T:
+        """Run ``work`` in the cache's thread; on failure warn once and give ``otherwise``."""
+        try:
+            return self._thread.submit(work).result()
+        except _FAILURES as error:
+            if not self._warned:
+                self._warned = True
+                log.warning(
+                    "view cache in %s: %s failed (%s); reads go on, but views may be rebuilt each time",
+                    self._directory,
+                    what,
+                    error,
+                )
+        except RuntimeError:  # the executor is shut down: the mount is ending
+            pass
+        return otherwise
+
+    def _open(self) -> None:
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._directory.chmod(0o700)
+        new_limit = int(self._size_limit * NEW_SHARE)
+        self._new = self._open_segment("new", new_limit)
+        self._kept = self._open_segment("kept", self._size_limit - new_limit)
+
+    def _open_segment(self, name: str, limit: int) -> Any:
+        directory = self._directory / name
+        settings = {
+            "disk": _RawDisk,
+            "disk_min_file_size": 0,
+            "size_limit": limit,
+            "eviction_policy": "least-recently-used",
+            "cull_limit": 0,  # we cull ourselves before writing, so that the limit is never passed
+        }
+        try:
+            return diskcache.Cache(str(directory), **settings)
+        except (sqlite3.DatabaseError, ValueError) as error:
+            log.warning("view cache %s is damaged (%s); it is emptied and started anew", directory, error)
+            for entry in sorted(directory.rglob("*"), reverse=True):
+                if entry.is_dir():
+                    entry.rmdir()
+                else:
+                    entry.unlink()
+            return diskcache.Cache(str(directory), **settings)
+
+    def _find(self, key: str) -> int | None:
+        """A descriptor of the cached view, after its content was checked once in this process's life."""
+        if self._kept is None:
+            return None
+        for segment in (self._kept, self._new):
+            reader, digest = segment.get(key, read=True, tag=True)
+            if reader is None:
+                continue
+            with reader:
+                if key not in self._verified:
+                    # A power cut can leave a short or empty file behind a committed row.
+                    if hashlib.file_digest(reader, "sha256").hexdigest() != digest:
+                        log.warning("view cache: the copy of %s was damaged and is dropped; it will be rebuilt", key)
+                        segment.delete(key)
+                        return None
+                    self._verified.add(key)
+                descriptor = os.dup(reader.fileno())
+            if segment is self._new and self._is_wanted_again(key):
+                self._promote(key, descriptor, digest)
+            return descriptor
+        return None
+
+    def _is_wanted_again(self, key: str) -> bool:
+        """A view stored before this process started has no entry, so its next use promotes it."""
+        return time.monotonic() - self._stored_at.get(key, float("-inf")) > PROMOTE_AFTER_SECONDS
+
+    def _promote(self, key: str, descriptor: int, digest: str) -> None:
+        size = os.fstat(descriptor).st_size
+        if not self._make_room(self._kept, size):
+            return
+        with io.FileIO(os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)) as source:
+            self._kept.set(key, source, read=True, tag=digest)
+        self._new.delete(key)
+
+    def _make_room(self, segment: Any, size: int) -> bool:
+        """Evict least recently used views until ``size`` more bytes fit the limit and leave the floor free."""
+        limit = segment.size_limit
+        if size > limit:
+            return False
+        space = os.statvfs(self._directory)
+        missing = self._free_floor + size - space.f_bavail * space.f_frsize
+        target = min(limit - size, segment.volume() - missing) if missing > 0 else limit - size
+        if target < 0:
+            segment.clear()
+        elif segment.volume() > target:
+            segment.reset("size_limit", target)
+            segment.cull()
+            segment.reset("size_limit", limit)
+        space = os.statvfs(self._directory)
+        return space.f_bavail * space.f_frsize >= self._free_floor + size
+
+    def _store(self, key: str, view: bytes, digest: str) -> int | None:
+        if self._new is None or not self._make_room(self._new, len(view)):
+            return None
+        faults.reach("cache.put")
+        self._new.set(key, io.BytesIO(view), read=True, tag=digest)
+        self._stored_at[key] = time.monotonic()
+        self._verified.add(key)
+        with self._new.get(key, read=True) as reader:
+            return os.dup(reader.fileno())
+
+    # What the vfs calls.
+
+    def get(self, key: str) -> int | None:
+        """A new descriptor of the cached view, to be closed by the caller; None when it is not there."""
+        descriptor = self._attempt("a look-up", lambda: self._find(key), None)
+        if descriptor is None:
+            self.misses += 1
+        else:
+            self.hits += 1
+        return descriptor
+
+    def contains(self, key: str) -> bool:
+        """Whether the view is cached; counts neither as hit nor as use."""
+        return self._attempt(
+            "a look-up", lambda: self._kept is not None and (key in self._kept or key in self._new), False
+        )
+
+    def put(self, key: str, view: bytes) -> int:
+        """Keep ``view`` and give a new descriptor of it; of an unnamed file in memory when the cache can't take it."""
+        digest = hashlib.sha256(view).hexdigest()
+        descriptor = self._attempt("writing", lambda: self._store(key, view, digest), None)
+        if descriptor is not None:
+            return descriptor
+        descriptor = os.memfd_create("esrfs-view", os.MFD_CLOEXEC)
+        written = 0
+        while written < len(view):
+            written += os.write(descriptor, memoryview(view)[written:])
+        return descriptor
+
+    def drop(self, key: str) -> None:
+        """Forget one view: its photograph was deleted."""
+
+        def work() -> None:
+            if self._kept is not None:
+                self._kept.delete(key)
+                self._new.delete(key)
+            self._verified.discard(key)
+            self._stored_at.pop(key, None)
+
+        self._attempt("dropping a view", work, None)
+
+    def clear(self) -> int:
+        """Empty the cache; the number of views that were in it."""
+
+        def work() -> int:
+            if self._kept is None:
+                return 0
+            self._verified.clear()
+            self._stored_at.clear()
+            return int(self._kept.clear()) + int(self._new.clear())
+
+        return self._attempt("clearing", work, 0)
+
+    def measure(self) -> dict[str, int]:
+        """``views``, ``bytes`` on disk (database included) and ``limit``."""
+
+        def work() -> dict[str, int]:
+            if self._kept is None:
+                return {"views": 0, "bytes": 0, "limit": self._size_limit}
+            return {
+                "views": len(self._kept) + len(self._new),
+                "bytes": int(self._kept.volume() + self._new.volume()),
+                "limit": self._size_limit,
+            }
+
+        return self._attempt("measuring", work, {"views": 0, "bytes": 0, "limit": self._size_limit})
+
+    def close(self) -> None:
+        def work() -> None:
+            for segment in (self._kept, self._new):
+                if segment is not None:
+                    segment.close()
+
+        self._attempt("closing", work, None)
+        self._thread.shutdown()
