@@ -1,0 +1,40 @@
+# make demo [PHOTOS=folder]   see it work on your photographs, or on those that scikit-image ships
+# make test | test-slow       the tests; the slow ones take minutes
+# make check                  lint, format, types
+# make bench                  the benchmarks (figures, no verdicts)
+VENV ?= .venv
+PYTHON ?= python3
+PHOTOS ?=
+BIN := $(VENV)/bin
+
+.DELETE_ON_ERROR:
+.PHONY: demo test test-slow check format bench clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m esrfs.cli.demo $(if $(PHOTOS),--photos '$(PHOTOS)') --out demo-out
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) demo-out dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
