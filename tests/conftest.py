@@ -2,35 +2,177 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import logging
+import os
 import re
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+_SHARED = _REPOSITORY.parent / "shared"
+"""Images and weights that are not part of the project (see the fixtures below); absent in most places."""
+
+_EXPECTED = pytest.StashKey[list[str]]()
+_TRACEBACK = "Traceback (most recent call last)"
+
+
+# ---- the guard: as in s3ql, warnings that nobody expected are how silent damage shows first
 
 
 @pytest.fixture
 def expect_log(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Call with a regular expression: log records of level WARNING and above whose message it finds are expected."""
-    patterns: list[str] = []
-    request.node.stash[_EXPECTED] = patterns
+    """Call with a regular expression: warnings, errors and tracebacks whose text it finds are expected in this test."""
+    patterns = request.node.stash.setdefault(_EXPECTED, [])
     return patterns.append
-
-
-_EXPECTED = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture(autouse=True)
 def _unexpected_log_fails(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """As in s3ql: warnings that nobody expected are how silent damage shows first."""
     yield
-    expected = request.node.stash.get(_EXPECTED, [])
     records = [record for phase in ("setup", "call") for record in caplog.get_records(phase)]
     unexpected = [
         f"{record.name}: {record.levelname}: {record.getMessage()}"
         for record in records
-        if (record.levelno >= logging.WARNING or record.exc_info)
-        and not any(re.search(pattern, record.getMessage()) for pattern in expected)
+        if (record.levelno >= logging.WARNING or record.exc_info) and not _expected(request.node, record.getMessage())
     ]
     if unexpected:
         pytest.fail("unexpected in the log:\n" + "\n".join(unexpected), pytrace=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Tracebacks that threads and child processes (the mount, the engine) print, whoever started them."""
+    report = yield
+    if report.when == "teardown" and report.passed:
+        for title, text in report.sections:
+            if title.startswith("Captured std") and _TRACEBACK in text and not _expected(item, text):
+                report.outcome = "failed"
+                report.longrepr = f"unexpected traceback in {title!r}:\n{text[text.index(_TRACEBACK) :]}"
+                break
+    return report
+
+
+def _expected(item: pytest.Item, text: str) -> bool:
+    return any(re.search(pattern, text) for pattern in item.stash.get(_EXPECTED, []))
+
+
+# ---- places
+
+
+@pytest.fixture(autouse=True)
+def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees or touches the state, cache, weights or sockets of whoever runs it."""
+    base = tmp_path / ".xdg"
+    for kind in ("STATE", "CACHE", "DATA", "CONFIG"):
+        monkeypatch.setenv(f"XDG_{kind}_HOME", str(base / kind.lower()))
+    runtime = base / "run"
+    runtime.mkdir(parents=True, mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    monkeypatch.delenv("ESRFS_FAULTS", raising=False)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of images described in ``shared/data/README.md``, beside the checkout; a skip where it is absent."""
+    return _present(_SHARED / "data")
+
+
+@pytest.fixture(scope="session")
+def shared_weights() -> Path:
+    """Official weights beside the checkout; a skip where they are absent."""
+    return _present(_SHARED / "weights")
+
+
+@pytest.fixture(scope="session")
+def kodak(shared_data: Path) -> list[Path]:
+    """Kodak's 24 photographs, 768×512, PNG."""
+    return sorted(_present(shared_data / "eval" / "kodak24").glob("*.png"))
+
+
+@pytest.fixture(scope="session")
+def camera_files(shared_data: Path) -> list[Path]:
+    """Files as they left cameras and phones, of many kinds; some are broken."""
+    return sorted(path for path in _present(shared_data / "photos").rglob("*") if path.is_file())
+
+
+def _present(path: Path) -> Path:
+    if not path.exists():
+        pytest.skip(f"{path.relative_to(_SHARED.parent)} is not beside this checkout")
+    return path
+
+
+@pytest.fixture
+def needs() -> Callable[[str], str]:
+    """Call with the name of a program: its path, or a skip where it is not installed."""
+
+    def find(program: str) -> str:
+        path = shutil.which(program)
+        if path is None:
+            pytest.skip(f"{program} is not installed")
+        return path
+
+    return find
+
+
+@pytest.fixture
+def can_mount() -> None:
+    """Skips where FUSE can't be used (in many containers)."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("/dev/fuse can't be opened here")
+    if shutil.which("fusermount3") is None:
+        pytest.skip("fusermount3 is not installed (Debian: fuse3)")
+
+
+# ---- photographs
+
+
+def photograph(name: str) -> Image.Image:
+    """A photograph of scikit-image: ``astronaut`` (512×512), ``coffee`` (600×400), ``chelsea`` (451×300), all RGB;
+    or ``camera`` (512×512, gray)."""
+    with (importlib.resources.files("skimage") / "data" / f"{name}.png").open("rb") as file, Image.open(file) as image:
+        return image.convert("L" if image.mode == "L" else "RGB")
+
+
+def _exif(orientation: int = 1) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0110], exif[0x0112] = "esrfs", "Test Camera", orientation
+    exif[0x0132] = "2024:05:06 07:08:09"
+    exif.get_ifd(0x8769)[0x9003] = "2024:05:06 07:08:09"
+    exif.get_ifd(0x8825).update({1: "N", 2: (47.0, 22.0, 40.8), 3: "E", 4: (8.0, 32.0, 30.0)})
+    return exif
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photographs that compaction is meant for, with EXIF, and files that it must leave alone.
+
+    ``coffee.jpg`` (4:2:0), ``astronaut.jpg`` (4:4:4, orientation 6), ``chelsea.jpg`` (4:2:2), ``camera.jpg`` (gray),
+    ``coffee.png``, ``sub/astronaut.png``; and ``notes.txt``, ``anim.gif``, ``progressive.jpg``. Copy it.
+    """
+    folder = tmp_path_factory.mktemp("photographs")
+    (folder / "sub").mkdir()
+    astronaut, coffee = photograph("astronaut"), photograph("coffee")
+    coffee.save(folder / "coffee.jpg", quality=95, subsampling="4:2:0", exif=_exif())
+    astronaut.save(folder / "astronaut.jpg", quality=96, subsampling="4:4:4", exif=_exif(6))
+    photograph("chelsea").save(folder / "chelsea.jpg", quality=94, subsampling="4:2:2", exif=_exif())
+    photograph("camera").save(folder / "camera.jpg", quality=95, exif=_exif())
+    coffee.save(folder / "coffee.png", exif=_exif())
+    astronaut.save(folder / "sub" / "astronaut.png")
+    (folder / "notes.txt").write_text("Not a photograph.\n")
+    astronaut.save(folder / "anim.gif", save_all=True, append_images=[coffee.resize((512, 512))])
+    coffee.save(folder / "progressive.jpg", quality=90, progressive=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def large_photograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 12 MP camera-like JPEG (4000×3000, 4:2:0, EXIF), enlarged from a smaller picture."""
+    path = tmp_path_factory.mktemp("large") / "large.jpg"
+    photograph("coffee").resize((4000, 3000), Image.Resampling.BICUBIC).save(path, quality=95, exif=_exif())
+    return path
