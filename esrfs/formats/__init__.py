@@ -1,0 +1,87 @@
+"""Picture files: split a file into pixels and envelope, and make a view of exactly as many bytes from other pixels.
+
+``split`` (what is in this file, can esrfs promise anything for it?), then ``Split.pixels()``, then ``fit_view`` (once,
+at compaction: pins every byte but the scan) and ``encode_scan`` (at each reconstruction: the scan again). ``decode``
+reads any picture.
+
+This package itself imports neither numpy nor Pillow, so that processes which must stay small may use ``identify`` and
+the exceptions; the other functions import them when first called.
+"""
+
+from __future__ import annotations
+
+from esrfs.blob.recipe import Coding, JpegCoding
+from esrfs.compaction.outcome import Reason
+from esrfs.formats.identify import identify
+from esrfs.formats.view import DoesNotFit, FittedView, Pixels, Split, Unsupported
+
+__all__ = [
+    "DoesNotFit",
+    "FittedView",
+    "Pixels",
+    "Split",
+    "Unsupported",
+    "decode",
+    "encode_scan",
+    "fit_view",
+    "identify",
+    "split",
+]
+
+_SUPPORTED = ("jpeg", "png")
+
+
+def split(data: bytes, max_megapixels: float) -> Split:
+    """Take a picture file apart and check that esrfs can keep its promises for it.
+
+    Nothing is decoded yet but, for PNG, the compressed stream is checked. Raises Unsupported with the reason.
+    """
+    kind = identify(data)
+    if kind == "jpeg":
+        from esrfs.formats import jpeg  # noqa: PLC0415
+
+        return jpeg.split(data, max_megapixels)
+    if kind == "png":
+        from esrfs.formats import png  # noqa: PLC0415
+
+        return png.split(data, max_megapixels)
+    if not kind:
+        raise Unsupported(Reason.NOT_A_PICTURE, "esrfs knows no picture format in this file; it stays as it is", kind)
+    raise Unsupported(
+        Reason.UNSUPPORTED_KIND,
+        f"esrfs compacts {' and '.join(_SUPPORTED)} files; this one is {kind} and stays bit for bit",
+        kind,
+    )
+
+
+def fit_view(split: Split, pixels: Pixels) -> FittedView:
+    """Encode ``pixels`` (uint8, height × width [× 1 or 3; alpha is taken from the original]) as a view of exactly the
+    original's size: its envelope verbatim, the rest filled.
+
+    Raises DoesNotFit when no allowed setting gets it into that size, ValueError for pixels of another shape.
+    """
+    return split.fit(pixels)
+
+
+def encode_scan(coding: Coding, width: int, height: int, pixels: Pixels, length: int) -> bytes:
+    """The scan of a view again: exactly ``length`` bytes, the same for the same pixels and encoder.
+
+    Pixels that differ from those at compaction (other hardware) and would need more are softened, just enough.
+    Raises DoesNotFit if even that is not enough, ValueError for pixels of another shape.
+    """
+    from esrfs.formats import jpeg, png  # noqa: PLC0415
+
+    if isinstance(coding, JpegCoding):
+        return jpeg.encode_scan(coding, width, height, pixels, length)
+    return png.encode_scan(coding, width, height, pixels, length)
+
+
+def decode(data: bytes, max_megapixels: float) -> Pixels:
+    """Pixels of any picture that Pillow reads: uint8, height × width × 1 to 4, as stored (no EXIF rotation, no colour
+    management; 16 bit is cut to 8, palettes and CMYK become RGB, the first of several frames counts).
+
+    Raises Unsupported (NOT_A_PICTURE, UNSUPPORTED_KIND, TOO_LARGE, BROKEN).
+    """
+    from esrfs.formats import pixels  # noqa: PLC0415
+
+    return pixels.decode(data, max_megapixels)

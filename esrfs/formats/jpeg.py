@@ -1,0 +1,280 @@
+"""JPEG views: the original's segments, our tables and scan, and fill, in exactly the original's number of bytes.
+
+A view, byte for byte::
+
+    SOI
+    the original's segments before SOS, verbatim and in their order, with its DQT and SOF in their places. Quantisation
+        values are changed in place when the view had to be quantised more coarsely. DHT and DRI are left out, except
+        before an APPn or COM segment: those must not move, since exiftool prints offsets in them and MPF counts from
+        its own place. There a DHT stays (ours, later, replaces it) and a DRI stays with its interval set to 0.
+    DHT     the standard tables of ITU-T T.81, annex K, which have a code for every symbol
+    APP13   "esrfs\\0" and zeros: fill, 0 to 36 segments; readers ignore it there, and the scan gets a round offset
+    SOS     with the original's component numbers
+    scan    pinned length: entropy-coded data, then FF bytes (fill before a marker), a little for later differences
+    FF      fill up to where the original's EOI is, 8 KiB or more where there is room
+    EOI     and all that follows it in the original, at its offset
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from dataclasses import dataclass
+
+import PIL
+from PIL import Image, features
+
+from esrfs.blob.recipe import JpegCoding, Literal, Run, Span
+from esrfs.formats import jpeg_parse
+from esrfs.formats.jpeg_decode import intact_pixels
+from esrfs.formats.jpeg_parse import DHT, DQT, DRI, Structure
+from esrfs.formats.pixels import as_image, check_dimensions, softened
+from esrfs.formats.view import TAIL_BYTES, DoesNotFit, FittedView, Pixels, front_fill, joined
+
+COARSER = (1.0, 1.08, 1.17, 1.27, 1.38, 1.5)
+"""Factors on the quantisation that are tried in this order until the view fits."""
+
+_FILL_HEADER = b"\xff\xed\x00\x00esrfs\x00"
+_FILL_SMALLEST = len(_FILL_HEADER)
+_FILL_LARGEST = 2 + 65535
+_FILL_SEGMENTS = 36
+_ZIGZAG = (
+    *(
+        0,
+        1,
+        8,
+        16,
+        9,
+        2,
+        3,
+        10,
+        17,
+        24,
+        32,
+        25,
+        18,
+        11,
+        4,
+        5,
+        12,
+        19,
+        26,
+        33,
+        40,
+        48,
+        41,
+        34,
+        27,
+        20,
+        13,
+        6,
+        7,
+        14,
+        21,
+        28,
+    ),
+    *(
+        35,
+        42,
+        49,
+        56,
+        57,
+        50,
+        43,
+        36,
+        29,
+        22,
+        15,
+        23,
+        30,
+        37,
+        44,
+        51,
+        58,
+        59,
+        52,
+        45,
+        38,
+        31,
+        39,
+        46,
+        53,
+        60,
+        61,
+        54,
+        47,
+    ),
+    *(55, 62, 63),
+)
+"""The natural (row by row) index of each coefficient in zigzag order."""
+_HUFFMAN_GRAY = bytes.fromhex(
+    "0000010501010101010100000000000000000102030405060708090a0b"
+    "100002010303020403050504040000017d01020300041105122131410613516107227114328191a1082342b1c11552d1f024336272"
+    "82090a161718191a25262728292a3435363738393a434445464748494a535455565758595a636465666768696a737475767778797a"
+    "838485868788898a92939495969798999aa2a3a4a5a6a7a8a9aab2b3b4b5b6b7b8b9bac2c3c4c5c6c7c8c9cad2d3d4d5d6d7d8d9da"
+    "e1e2e3e4e5e6e7e8e9eaf1f2f3f4f5f6f7f8f9fa"
+)
+_HUFFMAN_COLOUR = bytes.fromhex(
+    "0100030101010101010101010000000000000102030405060708090a0b"
+    "1100020102040403040705040400010277000102031104052131061241510761711322328108144291a1b1c109233352f0156272d1"
+    "0a162434e125f11718191a262728292a35363738393a434445464748494a535455565758595a636465666768696a73747576777879"
+    "7a82838485868788898a92939495969798999aa2a3a4a5a6a7a8a9aab2b3b4b5b6b7b8b9bac2c3c4c5c6c7c8c9cad2d3d4d5d6d7d8"
+    "d9dae2e3e4e5e6e7e8e9eaf2f3f4f5f6f7f8f9fa"
+)
+
+
+@dataclass(frozen=True)
+class JpegSplit:
+    """A JPEG file taken apart; see ``view.Split``."""
+
+    data: bytes
+    structure: Structure
+    kind: str = "jpeg"
+
+    @property
+    def width(self) -> int:
+        return self.structure.width
+
+    @property
+    def height(self) -> int:
+        return self.structure.height
+
+    def pixels(self) -> Pixels:
+        return intact_pixels(self.data, self.structure)
+
+    def fit(self, pixels: Pixels) -> FittedView:
+        return _fit(self, pixels)
+
+
+def split(data: bytes, max_megapixels: float) -> JpegSplit:
+    """See ``formats.split``."""
+    structure = jpeg_parse.parse(data)
+    check_dimensions(structure.width, structure.height, max_megapixels, "jpeg")
+    return JpegSplit(data, structure)
+
+
+def encode_scan(coding: JpegCoding, width: int, height: int, pixels: Pixels, length: int) -> bytes:
+    """See ``formats.encode_scan``."""
+    for image in softened(as_image(pixels, width, height, coding.mode)):
+        scan = _scan(coding, image)
+        if len(scan) <= length:
+            return scan + b"\xff" * (length - len(scan))
+    raise DoesNotFit(f"the rebuilt picture needs {len(scan)} bytes, and there are {length}")
+
+
+def encoder() -> str:
+    """What writes the scans: ``pillow 12.1.0, libjpeg-turbo 3.1.0``."""
+    return f"pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo') or features.version('jpg')}"
+
+
+def _fit(split: JpegSplit, pixels: Pixels) -> FittedView:
+    structure = split.structure
+    image = as_image(pixels, structure.width, structure.height, structure.mode)
+    over = 0
+    for factor in COARSER:
+        coding = _coarser(structure.coding, factor)
+        tables = _envelope(structure, factor) + _huffman(structure.mode)
+        scan = _scan(coding, image)
+        free = structure.eoi - len(tables) - len(_scan_header(structure)) - len(scan)
+        if free >= 0:
+            return _lay_out(split, coding, tables, scan, free)
+        over = -free
+    raise DoesNotFit(
+        f"the rebuilt picture is {over} bytes too long, even quantised {COARSER[-1]:g} times more coarsely"
+    )
+
+
+def _lay_out(split: JpegSplit, coding: JpegCoding, tables: bytes, scan: bytes, free: int) -> FittedView:
+    header = _scan_header(split.structure)
+    slack = min(free, len(scan) // 64 + 64)
+    tail = min(free - slack, TAIL_BYTES)
+    front = front_fill(len(tables) + len(header), free - slack - tail, _FILL_SMALLEST, _FILL_SEGMENTS * _FILL_LARGEST)
+    tail = free - slack - front
+    return FittedView(
+        coding=coding,
+        prefix=joined([Literal(tables), *_fill(front), Literal(header)]),
+        scan=scan + b"\xff" * slack,
+        suffix=joined([Run(0xFF, tail), Literal(split.data[split.structure.eoi :])]),
+        encoder=encoder(),
+    )
+
+
+def _fill(count: int) -> list[Span]:
+    spans: list[Span] = []
+    while count:
+        size = min(count, _FILL_LARGEST)
+        if 0 < count - size < _FILL_SMALLEST:
+            size -= _FILL_SMALLEST
+        spans += [
+            Literal(_FILL_HEADER[:2] + struct.pack(">H", size - 2) + _FILL_HEADER[4:]),
+            Run(0, size - _FILL_SMALLEST),
+        ]
+        count -= size
+    return spans
+
+
+def _envelope(structure: Structure, factor: float) -> bytes:
+    """All before our Huffman tables."""
+    last = max((index for index, segment in enumerate(structure.segments) if segment.is_envelope), default=-1)
+    parts = [b"\xff\xd8"]
+    for index, segment in enumerate(structure.segments):
+        raw = segment.raw
+        if segment.marker == DHT and index > last:
+            continue
+        if segment.marker == DRI:
+            if index > last:
+                continue
+            raw = raw[:-2] + b"\0\0"
+        elif segment.marker == DQT and factor != 1.0:
+            raw = raw[: -len(segment.payload)] + _coarser_tables(segment.payload, factor)
+        parts.append(raw)
+    return b"".join(parts)
+
+
+def _coarser_tables(payload: bytes, factor: float) -> bytes:
+    parts = []
+    for precision, number, values in jpeg_parse.quantisation_tables(payload):
+        parts.append(bytes([precision << 4 | number]))
+        parts.append(struct.pack(">64H" if precision else ">64B", *_scaled(values, factor)))
+    return b"".join(parts)
+
+
+def _coarser(coding: JpegCoding, factor: float) -> JpegCoding:
+    tables = [_scaled(values, factor) for values in coding.quantisation]
+    return JpegCoding(mode=coding.mode, subsampling=coding.subsampling, quantisation=tables)
+
+
+def _scaled(values: list[int], factor: float) -> list[int]:
+    return [min(255, int(value * factor + 0.5)) for value in values]
+
+
+def _scan_header(structure: Structure) -> bytes:
+    count = len(structure.components)
+    body = b"".join(bytes([part.id, 0x11 if index else 0x00]) for index, part in enumerate(structure.components))
+    return struct.pack(">HHB", 0xFF00 | jpeg_parse.SOS, 6 + 2 * count, count) + body + b"\x00\x3f\x00"
+
+
+def _huffman(mode: str) -> bytes:
+    body = _HUFFMAN_GRAY if mode == "L" else _HUFFMAN_GRAY + _HUFFMAN_COLOUR
+    return struct.pack(">HH", 0xFF00 | DHT, 2 + len(body)) + body
+
+
+def _scan(coding: JpegCoding, image: Image.Image) -> bytes:
+    """The entropy-coded data of ``image`` with the standard Huffman tables."""
+    natural = [[0] * 64 for _ in coding.quantisation]
+    for table, values in zip(natural, coding.quantisation, strict=True):
+        for index, value in zip(_ZIGZAG, values, strict=True):
+            table[index] = value
+    out = io.BytesIO()
+    image.save(out, "JPEG", qtables=natural, subsampling=coding.subsampling, optimize=False, progressive=False)
+    data = out.getvalue()
+    return data[_scan_start(data) : -2]
+
+
+def _scan_start(data: bytes) -> int:
+    offset = 2
+    while True:
+        end = offset + 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
+        if data[offset + 1] == jpeg_parse.SOS:
+            return end
+        offset = end

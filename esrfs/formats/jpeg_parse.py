@@ -1,0 +1,290 @@
+"""The structure of a JPEG file, and what esrfs refuses to touch in it.
+
+Accepted: one interleaved scan of 8-bit sequential Huffman coding (SOF0, SOF1), gray or YCbCr with 4:4:4, 4:2:2 or
+4:2:0. The picture's end is found by walking through its scan: thumbnails and what follows the picture hold markers of
+their own.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+from typing import Literal as OneOf
+
+from esrfs.blob.recipe import JpegCoding
+from esrfs.compaction.outcome import Reason
+from esrfs.formats.view import Unsupported
+
+SOI, EOI, SOS, DQT, DHT, DRI = 0xD8, 0xD9, 0xDA, 0xDB, 0xC4, 0xDD
+APP0, APP11, APP14, APP15, COM = 0xE0, 0xEB, 0xEE, 0xEF, 0xFE
+_SOF_NAMES = {
+    0xC2: "progressive",
+    0xC3: "lossless",
+    0xC5: "hierarchical",
+    0xC6: "hierarchical progressive",
+    0xC7: "hierarchical lossless",
+    0xC9: "arithmetic-coded",
+    0xCA: "progressive arithmetic-coded",
+    0xCB: "lossless arithmetic-coded",
+    0xCD: "hierarchical arithmetic-coded",
+    0xCE: "hierarchical progressive arithmetic-coded",
+    0xCF: "hierarchical lossless arithmetic-coded",
+    0xF7: "JPEG-LS",
+}
+_NEXT_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
+"""In a scan, FF 00 stands for a byte FF and FF D0 to FF D7 are restarts; any other marker ends it."""
+_RESTART = re.compile(rb"\xff+([\xd0-\xd7])")
+
+
+@dataclass(frozen=True)
+class Segment:
+    marker: int
+    raw: bytes
+    """With the marker, its length field, and fill bytes before it."""
+    payload: bytes
+
+    @property
+    def is_envelope(self) -> bool:
+        """Whether it is the owner's (metadata), not a table of the picture."""
+        return APP0 <= self.marker <= APP15 or self.marker == COM
+
+
+@dataclass(frozen=True)
+class Component:
+    id: int
+    sampling: tuple[int, int]
+    table: int
+    """Number of its quantisation table."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    segments: list[Segment]
+    """All between SOI and SOS, in the file's order."""
+    frame: Segment
+    width: int
+    height: int
+    components: list[Component]
+    sos: bytes
+    """The SOS segment."""
+    scan_start: int
+    scan_end: int
+    """Without fill bytes before EOI."""
+    eoi: int
+    """Offset of the EOI marker's two bytes."""
+    restart_interval: int
+    """In MCUs; 0: no restarts."""
+    quantisation: list[list[int]]
+    """For each component, in zigzag order."""
+    mode: OneOf["L", "RGB"]
+    subsampling: OneOf["4:4:4", "4:2:2", "4:2:0"]
+
+    @property
+    def coding(self) -> JpegCoding:
+        return JpegCoding(mode=self.mode, subsampling=self.subsampling, quantisation=self.quantisation)
+
+
+def parse(data: bytes) -> Structure:
+    """Take a JPEG file apart. Raises Unsupported (UNSUPPORTED_KIND, SIGNED, BROKEN)."""
+    segments, sos, scan_start = _segments(data)
+    _refuse_signed(segments)
+    frame = _frame(segments)
+    height, width, components = _components(frame)
+    mode, subsampling = _colour(segments, components)
+    _check_scan_header(sos, components)
+    scan_end, eoi = _scan_end(data, scan_start)
+    interval = 0
+    for segment in segments:
+        if segment.marker == DRI:
+            if len(segment.payload) != 2:
+                raise _broken("its restart interval is malformed")
+            interval = int.from_bytes(segment.payload, "big")
+    structure = Structure(
+        segments=segments,
+        frame=frame,
+        width=width,
+        height=height,
+        components=components,
+        sos=sos,
+        scan_start=scan_start,
+        scan_end=scan_end,
+        eoi=eoi,
+        restart_interval=interval,
+        quantisation=_tables(segments, components),
+        mode=mode,
+        subsampling=subsampling,
+    )
+    _check_restarts(structure, data)
+    return structure
+
+
+def intervals(scan: bytes) -> list[bytes]:
+    """The parts of a scan between its restart markers."""
+    return _RESTART.split(scan)[::2]
+
+
+def quantisation_tables(payload: bytes) -> list[tuple[int, int, list[int]]]:
+    """The tables of a DQT segment's payload: (0 for 8-bit or 1 for 16-bit values, number, 64 values in zigzag order).
+
+    Raises Unsupported (BROKEN) if it is malformed.
+    """
+    tables = []
+    offset = 0
+    while offset < len(payload):
+        precision, number = payload[offset] >> 4, payload[offset] & 15
+        size = 64 << precision
+        values = payload[offset + 1 : offset + 1 + size]
+        if precision > 1 or number > 3 or len(values) != size:
+            raise _broken("a quantisation table is malformed")
+        tables.append((precision, number, list(struct.unpack(">64H" if precision else ">64B", values))))
+        offset += 1 + size
+    return tables
+
+
+def _segments(data: bytes) -> tuple[list[Segment], bytes, int]:
+    """The segments before SOS, the SOS segment, and where the scan starts."""
+    segments: list[Segment] = []
+    offset = 2
+    while True:
+        start = offset
+        while data[offset : offset + 2] == b"\xff\xff":
+            offset += 1
+        header = data[offset : offset + 4]
+        if len(header) < 4:
+            raise _broken("it ends before its pixels")
+        if header[0] != 0xFF:
+            raise _broken("there are bytes between its segments that belong to none")
+        marker = header[1]
+        length = int.from_bytes(header[2:], "big")
+        if marker in _SOF_NAMES:
+            raise _passed(f"this JPEG is {_SOF_NAMES[marker]}")
+        if marker == EOI:
+            raise _broken("it has no pixels")
+        if marker in (0xCC, 0xDC, 0xDE, 0xDF) or not (0xC0 <= marker <= 0xFE) or marker in range(0xD0, 0xD9):
+            raise _passed(f"this JPEG has a marker 0x{marker:02X} that is rare before the pixels")
+        end = offset + 2 + length
+        if length < 2 or end > len(data):
+            raise _broken("a segment is longer than the file")
+        if marker == SOS:
+            return segments, data[offset:end], end
+        segments.append(Segment(marker, data[start:end], data[offset + 4 : end]))
+        offset = end
+
+
+def _refuse_signed(segments: list[Segment]) -> None:
+    if any(segment.marker == APP11 and segment.payload.startswith(b"JP") for segment in segments):
+        message = (
+            "this JPEG carries JUMBF boxes (C2PA Content Credentials and the like), which sign its pixels; it stays"
+        )
+        raise Unsupported(Reason.SIGNED, message + " bit for bit", "jpeg")
+
+
+def _frame(segments: list[Segment]) -> Segment:
+    frames = [segment for segment in segments if segment.marker in (0xC0, 0xC1)]
+    if len(frames) != 1:
+        raise _broken("it has no frame header" if not frames else "it has several frame headers")
+    return frames[0]
+
+
+def _components(frame: Segment) -> tuple[int, int, list[Component]]:
+    payload = frame.payload
+    if len(payload) < 6 or len(payload) != 6 + 3 * payload[5]:
+        raise _broken("its frame header is malformed")
+    precision, height, width, count = struct.unpack_from(">BHHB", payload)
+    if precision != 8:
+        raise _passed(f"this JPEG has {precision} bits a sample")
+    if not width:
+        raise _broken("its frame header says 0 pixels")
+    if not height:
+        raise _passed("this JPEG tells its height after its pixels")
+    if count not in (1, 3):
+        raise _passed("this JPEG is CMYK" if count == 4 else f"this JPEG has {count} components")
+    components = []
+    for index in range(count):
+        number, sampling, table = payload[6 + 3 * index : 9 + 3 * index]
+        components.append(Component(number, (sampling >> 4, sampling & 15), table))
+    return height, width, components
+
+
+def _colour(
+    segments: list[Segment], components: list[Component]
+) -> tuple[OneOf["L", "RGB"], OneOf["4:4:4", "4:2:2", "4:2:0"]]:
+    if len(components) == 1:
+        return "L", "4:4:4"
+    for segment in segments:
+        if segment.marker == APP14 and segment.payload.startswith(b"Adobe") and len(segment.payload) >= 12:
+            if segment.payload[11] == 0:
+                raise _passed("this JPEG is coded as RGB")
+            if segment.payload[11] == 2:
+                raise _passed("this JPEG is coded as YCCK")
+    if bytes(component.id for component in components) in (b"RGB", b"rgb"):
+        raise _passed("this JPEG is coded as RGB")
+    sampling = [component.sampling for component in components]
+    if sampling == [(1, 1)] * 3:
+        return "RGB", "4:4:4"
+    if sampling == [(2, 1), (1, 1), (1, 1)]:
+        return "RGB", "4:2:2"
+    if sampling == [(2, 2), (1, 1), (1, 1)]:
+        return "RGB", "4:2:0"
+    known = {(1, 2): "4:4:0", (4, 1): "4:1:1", (4, 2): "4:1:0"}
+    name = known.get(sampling[0]) if sampling[1:] == [(1, 1)] * 2 else None
+    name = name or " ".join(f"{across}x{down}" for across, down in sampling)
+    raise _passed(f"this JPEG has colour sampling {name}")
+
+
+def _check_scan_header(sos: bytes, components: list[Component]) -> None:
+    count = len(components)
+    if len(sos) < 5 or len(sos) != 8 + 2 * sos[4]:
+        raise _broken("its scan header is malformed")
+    if sos[4] != count:
+        raise _passed("this JPEG has one scan for each component")
+    if [sos[5 + 2 * index] for index in range(count)] != [component.id for component in components]:
+        raise _broken("its scan names other components than its frame")
+    if sos[-3:] != b"\x00\x3f\x00":
+        raise _broken("its scan header is not one of sequential coding")
+
+
+def _scan_end(data: bytes, start: int) -> tuple[int, int]:
+    """Where the scan's last byte ends, and where EOI is."""
+    found = _NEXT_MARKER.search(data, start)
+    if found is None:
+        raise _passed("this JPEG has no end-of-image marker (it is cut or still being written)")
+    marker = data[found.end() - 1]
+    if marker == EOI:
+        return found.start(), found.end() - 2
+    if marker in (SOS, DHT, DQT):
+        raise _passed("this JPEG has several scans")
+    raise _broken(f"there is a marker 0x{marker:02X} within its pixels")
+
+
+def _tables(segments: list[Segment], components: list[Component]) -> list[list[int]]:
+    tables = {}
+    for segment in segments:
+        if segment.marker == DQT:
+            for _, number, values in quantisation_tables(segment.payload):
+                tables[number] = values
+    chosen = [tables.get(component.table) for component in components]
+    result = [values for values in chosen if values is not None]
+    if len(result) != len(chosen):
+        raise _broken("a quantisation table is missing")
+    if any(not 1 <= value <= 255 for values in result for value in values):
+        raise _passed("this JPEG has quantisation values beyond 1 to 255")
+    return result
+
+
+def _check_restarts(structure: Structure, data: bytes) -> None:
+    across, down = {"4:4:4": (8, 8), "4:2:2": (16, 8), "4:2:0": (16, 16)}[structure.subsampling]
+    units = -(-structure.width // across) * -(-structure.height // down)
+    expected = -(-units // structure.restart_interval) - 1 if structure.restart_interval else 0
+    found = [match[1][0] & 7 for match in _RESTART.finditer(data, structure.scan_start, structure.scan_end)]
+    if found != [index & 7 for index in range(expected)]:
+        raise _broken(f"its pixels have {len(found)} restart markers where {expected} in order are due")
+
+
+def _broken(what: str) -> Unsupported:
+    return Unsupported(Reason.BROKEN, f"this JPEG is damaged: {what}; it stays bit for bit", "jpeg")
+
+
+def _passed(what: str) -> Unsupported:
+    return Unsupported(Reason.UNSUPPORTED_KIND, f"{what}; esrfs keeps such files bit for bit", "jpeg")

@@ -1,0 +1,107 @@
+"""Pixels in and out of Pillow, with limits.
+
+Pillow's own limit (a warning, then an error, by a global) is switched off: every picture's dimensions are checked here
+before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, ImageFilter, UnidentifiedImageError
+
+from esrfs.compaction.outcome import Reason
+from esrfs.formats.identify import identify
+from esrfs.formats.view import Pixels, Unsupported
+
+Image.MAX_IMAGE_PIXELS = None
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "PPM", "JPEG2000", "QOI", "TGA", "PSD")
+_PLAIN_MODES = ("L", "LA", "RGB", "RGBA")
+_SOFTENING_PIXELS = (0.35, 0.5, 0.7, 0.9, 1.2, 1.6, 2.2, 3.0)
+"""Radii of the low-pass, in pixels, that a reconstruction may be given to fit."""
+
+DECODE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    struct.error,
+    RuntimeError,
+)
+"""What Pillow raises for broken files (MemoryError aside)."""
+
+
+def check_dimensions(width: int, height: int, max_megapixels: float, kind: str) -> None:
+    """Raises Unsupported (TOO_LARGE) for more than ``max_megapixels`` × 1,000,000 pixels, BROKEN for none."""
+    if width < 1 or height < 1:
+        raise Unsupported(Reason.BROKEN, f"the header says {width} × {height} pixels", kind)
+    if width * height > max_megapixels * 1e6:
+        message = f"{width} × {height} pixels are more than the limit of {max_megapixels:g} megapixels"
+        raise Unsupported(Reason.TOO_LARGE, message, kind)
+
+
+def decode(data: bytes, max_megapixels: float) -> Pixels:
+    """See ``formats.decode``."""
+    kind = identify(data)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata; only pixels are asked for here
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                check_dimensions(*image.size, max_megapixels, kind or str(image.format).lower())
+                return as_array(_eight_bit(image))
+    except UnidentifiedImageError as error:
+        if kind:
+            raise Unsupported(Reason.UNSUPPORTED_KIND, f"this {kind} file can't be decoded here", kind) from error
+        raise Unsupported(Reason.NOT_A_PICTURE, "this is no picture that can be decoded here", kind) from error
+    except DECODE_ERRORS as error:
+        raise Unsupported(Reason.BROKEN, f"the picture is damaged: {error}", kind) from error
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    if image.mode in _PLAIN_MODES and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16") or image.mode == "I":
+        wide = np.asarray(image.convert("I"), dtype=np.int64)
+        return Image.fromarray((np.clip(wide, 0, 65535) >> 8).astype(np.uint8))
+    if image.mode in ("1", "L") and "transparency" not in image.info:
+        return image.convert("L")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def as_array(image: Image.Image) -> Pixels:
+    """uint8, height × width × channels."""
+    array = np.array(image, dtype=np.uint8)
+    return array[:, :, None] if array.ndim == 2 else array
+
+
+def as_image(pixels: Pixels, width: int, height: int, mode: str) -> Image.Image:
+    """An image of ``mode`` (L or RGB) from uint8 height × width [× 1 to 4]; alpha is left out, gray and RGB are
+    converted.
+
+    Raises ValueError for pixels of another shape or type.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[:2] != (height, width):
+        raise ValueError(f"expected uint8 pixels of {height} × {width}, got {pixels.dtype} {pixels.shape}")
+    channels = 1 if pixels.ndim == 2 else pixels.shape[2]
+    if channels not in (1, 2, 3, 4):
+        raise ValueError(f"expected 1 to 4 channels, got {channels}")
+    if channels in (1, 2):
+        image = Image.fromarray(np.ascontiguousarray(pixels.reshape(height, width, channels)[:, :, 0]))
+    else:
+        image = Image.fromarray(np.ascontiguousarray(pixels[:, :, :3]))
+    return image if image.mode == mode else image.convert(mode)
+
+
+def softened(image: Image.Image) -> Iterator[Image.Image]:
+    """``image``, then ever softer versions of it: what to try until it fits."""
+    yield image
+    for radius in _SOFTENING_PIXELS:
+        yield image.filter(ImageFilter.GaussianBlur(radius))
