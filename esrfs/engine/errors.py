@@ -1,0 +1,11 @@
+"""How a job in the worker may end, but well. (Not in ``worker``, which runs as ``__main__`` and is nobody's to
+import.)"""
+
+
+class DeviceFailedError(Exception):
+    """The accelerator can't be trusted any more (after a suspend, an overflow, an error): the work is to be redone on
+    the CPU."""
+
+
+class JobFailedError(Exception):
+    """The job can't be done, and trying again would end the same; the message is for people."""

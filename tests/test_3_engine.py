@@ -1,0 +1,368 @@
+"""The engine's client and worker process, with a handler that does as told (``fake_engine_handler``): no network runs
+here."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from esrfs.compaction.outcome import Policy, Verdict
+from esrfs.engine.client import Engine, EngineError, EngineSettings, Rebuilt, Ticket
+from esrfs.engine.protocol import Lane
+
+WEIGHTS = b"weights" * 1000
+SHA256 = hashlib.sha256(WEIGHTS).digest()
+
+MakeEngine = Callable[..., Engine]
+
+
+def network_bytes(sha256: bytes) -> bytes:
+    if sha256 != SHA256:
+        raise FileNotFoundError("no such network in this store")
+    return WEIGHTS
+
+
+def descriptors() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture
+def make_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeEngine]:
+    """Engines with the fake handler; afterwards no process, thread or descriptor of theirs is left (as gocryptfs
+    checks)."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    before, threads_before = len(descriptors()), set(threading.enumerate())
+    engines: list[Engine] = []
+
+    def make(**settings: object) -> Engine:
+        engine = Engine(EngineSettings(handler="fake_engine_handler", **settings), network_bytes)  # type: ignore[arg-type]
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        begun = time.monotonic()
+        engine.close()
+        assert time.monotonic() - begun < 1.5
+    assert set(threading.enumerate()) <= threads_before
+    assert len(descriptors()) == before
+    assert not zombies_or_workers()
+
+
+def zombies_or_workers() -> list[str]:
+    found = []
+    for thread in os.listdir("/proc/self/task"):
+        found += Path(f"/proc/self/task/{thread}/children").read_text().split()
+    return found
+
+
+def order(
+    engine: Engine, words: str, *, key: bytes | None = None, lane: Lane = Lane.INTERACTIVE, payload: bytes = b""
+) -> Ticket[Rebuilt]:
+    return engine.rebuild(key or os.urandom(8), lambda: (words.encode(), payload), lane)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_values_in_values_out(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    assert engine.state == "stopped"
+    payload = os.urandom(5_000_001)
+    rebuilt = order(engine, "echo", payload=payload).wait()
+    assert rebuilt.view == payload
+    assert rebuilt.sha256 == hashlib.sha256(payload).digest()
+    assert rebuilt.exact
+    wait_until(lambda: engine.state == "idle")
+    assert engine.counters.reconstructions == 1
+
+
+def test_compaction_and_upscale_and_networks(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    outcome = engine.compact(b"echo", Policy(), SHA256, "lite-x2")
+    assert outcome.verdict == Verdict.COMPACTED
+    assert engine.upscale(b"image", SHA256) == WEIGHTS + b"image"
+    assert order(engine, f"network {SHA256.hex()}").wait().view == WEIGHTS
+    with pytest.raises(EngineError, match="no such network in this store"):
+        order(engine, "network " + "00" * 32).wait()
+    assert engine.counters.compactions == 1
+
+
+def test_failures_are_told_once_and_not_retried(make_engine: MakeEngine, expect_log: Callable[[str], None]) -> None:
+    expect_log("job .* failed|Traceback|File|KeyError|engine:")
+    engine = make_engine()
+    with pytest.raises(EngineError, match="broken picture"):
+        order(engine, "fail broken picture").wait()
+    with pytest.raises(EngineError, match="KeyError"):
+        order(engine, "crash oops").wait()
+
+    def load() -> tuple[bytes, bytes]:
+        raise OSError("the blob is gone")
+
+    with pytest.raises(EngineError, match="the blob is gone"):
+        engine.rebuild(b"k", load).wait()
+    assert engine.counters.failures == 3
+    assert engine.counters.restarts == 0
+
+
+def test_killed_worker_is_restarted_and_the_job_retried(
+    make_engine: MakeEngine, tmp_path: Path, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("engine ended")
+    engine = make_engine()
+    first = order(engine, "pid").wait().view
+    assert order(engine, f"die-once {tmp_path}/flag", payload=b"x").wait().view == b"x"
+    assert order(engine, "pid").wait().view != first
+    ticket = order(engine, "hang .5", payload=b"y")
+    wait_until(lambda: engine.state == "busy")
+    os.kill(int(order(engine, "pid").wait().view), signal.SIGKILL)
+    assert ticket.wait().view == b"y"
+    assert engine.counters.restarts == 2
+    assert engine.counters.failures == 0
+
+
+def test_a_job_that_kills_the_worker_twice_fails_alone(
+    make_engine: MakeEngine, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("engine ended")
+    engine = make_engine()
+    innocent = order(engine, "hang .3", payload=b"fine")
+    poison = order(engine, "die")
+    with pytest.raises(EngineError, match="ended twice"):
+        poison.wait()
+    assert innocent.wait().view == b"fine"
+    assert order(engine, "echo", payload=b"z").wait().view == b"z"
+    assert engine.counters.restarts == 2
+
+
+def test_an_idle_worker_that_is_killed_is_no_failure(
+    make_engine: MakeEngine, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("engine ended")
+    engine = make_engine()
+    os.kill(int(order(engine, "pid").wait().view), signal.SIGKILL)
+    assert order(engine, "echo", payload=b"z").wait().view == b"z"
+    assert engine.counters.failures == 0
+
+
+def test_accelerator_failure_is_retried_on_the_cpu(make_engine: MakeEngine, expect_log: Callable[[str], None]) -> None:
+    expect_log("engine ended|accelerator failed")
+    engine = make_engine(device="cuda")
+    assert order(engine, "device").wait().view == b"cpu"
+
+
+def test_a_stopped_worker_is_killed_when_the_time_limit_passes(
+    make_engine: MakeEngine, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("engine ended|reported nothing")
+    engine = make_engine(time_limit=0.5)
+    order(engine, "echo").wait()
+    with pytest.raises(EngineError, match="ended twice"):
+        order(engine, "stop").wait(20)
+    assert order(engine, "echo", payload=b"z").wait(20).view == b"z"
+
+
+def test_wait_times_out_and_release_cancels(make_engine: MakeEngine, tmp_path: Path) -> None:
+    engine = make_engine()
+    notes = tmp_path / "notes"
+    ticket = order(engine, f"work {notes} 60")
+    with pytest.raises(TimeoutError):
+        ticket.wait(0.2)
+    queued = [order(engine, f"work {notes} 60") for _ in range(3)]
+    wait_until(lambda: notes.exists() and len(notes.read_text().split("\n")) == 3)  # two are in flight
+    for each in [ticket, *queued]:
+        each.release()
+        each.release()
+        with pytest.raises(EngineError, match="cancelled"):
+            each.wait()
+    assert order(engine, "echo", payload=b"z").wait(5).view == b"z"
+    wait_until(lambda: engine.state == "idle", 2)
+    assert "end" not in notes.read_text()
+    assert engine.counters.failures == 0
+
+
+def test_lanes(make_engine: MakeEngine, tmp_path: Path) -> None:
+    """Interactive before read-ahead before compaction, in the queue and while running."""
+    engine = make_engine()
+    notes = tmp_path / "notes"
+    compaction = engine.compact_ticket(f"work {notes} .3".encode(), Policy(), b"", "")
+    wait_until(notes.exists)
+    ahead = [order(engine, f"work {notes} .1", lane=Lane.READ_AHEAD) for _ in range(3)]
+    wait_until(lambda: "begin 2" in notes.read_text())
+    now = order(engine, f"work {notes} .1")
+    compaction.wait()
+    for ticket in ahead:
+        ticket.wait()
+    now.wait()
+    lines = notes.read_text().split("\n")
+    assert lines.index("begin 5") < lines.index("end 5") < lines.index("end 2") < lines.index("begin 4")
+    assert lines.index("end 4") < lines.index("end 1")
+
+
+def test_demote_and_promote(make_engine: MakeEngine, tmp_path: Path) -> None:
+    engine = make_engine()
+    notes = tmp_path / "notes"
+    blocker = [order(engine, f"work {notes} .3") for _ in range(2)]
+    key = b"shared"
+    first = order(engine, f"work {notes} .05", key=key)
+    other = order(engine, f"work {notes} .05")
+    first.demote()
+    for ticket in [*blocker, other, first]:
+        ticket.wait()
+    lines = notes.read_text().split("\n")
+    assert lines.index("begin 4") < lines.index("begin 3")
+    ticket = order(engine, "echo", lane=Lane.READ_AHEAD)
+    ticket.promote()
+    ticket.wait()
+    ticket.demote()  # when done: no effect
+
+
+def test_single_flight(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    loads = []
+
+    def load() -> tuple[bytes, bytes]:
+        loads.append(1)
+        return b"hang .2", b"view"
+
+    tickets = [engine.rebuild(b"key", load) for _ in range(10)]
+    for ticket in tickets[:5]:
+        ticket.release()
+    assert tickets[7].wait().view == b"view"
+    assert len(loads) == 1
+    assert engine.counters.reconstructions == 1
+    assert engine.rebuild(b"key", load).wait().view == b"view"  # finished: a new job
+    assert len(loads) == 2
+
+
+def test_300_waiters_hold_no_lock(make_engine: MakeEngine) -> None:
+    """Cold readers of 300 files; whoever asks for anything else isn't held up (DESIGN 6)."""
+    engine = make_engine()
+    order(engine, "echo").wait()
+    slow = [order(engine, "hang .7"), order(engine, "hang .7")]
+    results: list[bytes] = []
+
+    def read(number: int) -> None:
+        ticket = order(engine, "echo", payload=str(number).encode())
+        results.append(ticket.wait().view)
+        ticket.release()
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(300)]
+    for thread in threads:
+        thread.start()
+    worst = 0.0
+    for _ in range(20):
+        begun = time.monotonic()
+        assert engine.state == "busy"
+        order(engine, "echo", lane=Lane.READ_AHEAD).release()
+        worst = max(worst, time.monotonic() - begun)
+        time.sleep(0.01)
+    for thread in threads:
+        thread.join()
+    for ticket in slow:
+        ticket.wait()
+    assert sorted(map(int, results)) == list(range(300))
+    assert worst < 0.05
+
+
+def test_close_fails_waiters_at_once(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    errors: list[str] = []
+
+    def read() -> None:
+        try:
+            order(engine, "hang 60").wait()
+        except EngineError as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=read) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: engine.state == "busy")
+    begun = time.monotonic()
+    engine.close()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - begun < 1
+    assert len(errors) == 20
+    assert "shutting down" in errors[0]
+    with pytest.raises(EngineError, match="shutting down"):
+        order(engine, "echo")
+    engine.close()
+
+
+def test_close_while_starting(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.start()
+    engine.close()
+    make_engine().close()
+
+
+def test_idle_worker_gives_its_memory_back(make_engine: MakeEngine) -> None:
+    engine = make_engine(idle_seconds=0.3)
+    pid = int(order(engine, "pid").wait().view)
+    wait_until(lambda: engine.state == "stopped", 3)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), 3)  # reaped, too
+    assert int(order(engine, "pid").wait().view) != pid
+    assert engine.counters.restarts == 0
+    assert engine.shutdown_if_idle()
+    assert engine.state == "stopped"
+    engine.start()
+    wait_until(lambda: engine.state == "idle")
+
+
+def test_worker_ends_with_the_mount(make_engine: MakeEngine, tmp_path: Path) -> None:
+    """kill -9 of the client: nothing is left behind, even of a worker that is stuck."""
+    program = f"""
+import sys, time
+from esrfs.engine.client import *
+engine = Engine(EngineSettings(handler="fake_engine_handler"), lambda sha: b"")
+print(engine.rebuild(b"a", lambda: (b"pid", b"")).wait().view.decode(), flush=True)
+engine.rebuild(b"b", lambda: (b"work {tmp_path}/begun 60", b""))
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        wait_until((tmp_path / "begun").exists)
+        process.kill()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), 3)
+
+
+def test_client_imports_neither_torch_nor_numpy() -> None:
+    program = "import sys, esrfs.engine.client; print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"[]\n"
+
+
+def test_stderr_goes_to_logging(
+    make_engine: MakeEngine, expect_log: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    expect_log("engine:")
+    engine = make_engine()
+    order(engine, "warn mind the step").wait()
+    wait_until(lambda: "engine: a library says hello" in caplog.messages)
+    assert any("mind the step" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("faults", ["engine.rebuild=sleep:.4"])
+def test_fault_points(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, faults: str) -> None:
+    monkeypatch.setenv("ESRFS_FAULTS", faults)
+    engine = make_engine()
+    engine.start()
+    wait_until(lambda: engine.state == "idle")
+    begun = time.monotonic()
+    order(engine, "echo").wait()
+    assert time.monotonic() - begun > 0.4
