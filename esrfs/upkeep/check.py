@@ -1,0 +1,299 @@
+"""Is a store sound? Every blob, network, original and ledger is looked at; with ``deep`` every view is rebuilt, too.
+
+Reads only. On a store that is mounted, files may change during the look; what is gone by then is no finding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import msgspec
+
+from esrfs.blob import container
+from esrfs.blob.container import BlobDamaged, NotABlob
+from esrfs.engine.client import EngineError, Rebuilt
+from esrfs.store import ledger, originals, staging
+from esrfs.store.beneath import beneath
+from esrfs.store.errors import StoreError
+from esrfs.store.examine import may_be_blob
+from esrfs.store.layout import NETWORKS, ORIGINALS, RESERVED, Store
+from esrfs.store.ledger import Purged, ToPlain
+from esrfs.upkeep import walk
+
+Severity = Literal["damage", "note"]
+Rebuild = Callable[[bytes, bytes, bytes], Rebuilt]
+"""(sha256 of the view, encoded recipe, AVIF) → the view; raises EngineError, TimeoutError."""
+
+_FILE_TYPE = slice(4, 8)
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    severity: Severity
+    """``damage``: something can't be read or is lost; ``note``: worth knowing, nothing is lost."""
+    path: str
+    """In the store; what begins with ``.esrfs/`` is not seen in the view."""
+    problem: str
+    """A stable identifier: ``blob_damaged``, ``network_missing`` …"""
+    message: str
+    """What is wrong and what to do, in a sentence or two."""
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """The keys of ``esrfs check --json``."""
+
+    files: int
+    blobs: int
+    rebuilt: int
+    """Views that were rebuilt (with ``deep``)."""
+    findings: list[Finding]
+
+    @property
+    def is_sound(self) -> bool:
+        return not any(finding.severity == "damage" for finding in self.findings)
+
+
+def check(
+    store: Store,
+    rebuild: Rebuild | None = None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, path: None,
+) -> Report:
+    """Look at everything in the store; with ``rebuild``, also rebuild each view and compare it with its recipe.
+
+    ``on_progress(files looked at, files in all, path)``. Raises OSError when the store itself can't be read.
+    """
+    findings = [*_networks(store), *_ledgers(store), *_originals(store, deep=rebuild is not None), *_staging(store)]
+    total = sum(1 for _ in walk.files(store))
+    files = blobs = rebuilt = 0
+    networks: dict[bytes, str | None] = {}
+    for found in walk.files(store):
+        files += 1
+        on_progress(files, total, found.path)
+        try:
+            descriptor = beneath(found.directory, found.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            findings.append(
+                Finding(severity="note", path=found.path, problem="unreadable", message=f"it can't be opened: {error}")
+            )
+            continue
+        try:
+            st = os.fstat(descriptor)
+            genuine = _is_ours(store, descriptor, st)
+            if genuine is None:
+                findings += _moved_box(store, found.path, descriptor, st.st_size)
+                continue
+            blobs += 1
+            data = _read_all(descriptor, st.st_size)
+        except OSError as error:
+            findings.append(_damage(found.path, "unreadable", f"reading it fails: {error}"))
+            continue
+        finally:
+            os.close(descriptor)
+        blob, problems = _blob(store, found.path, data, genuine, networks)
+        findings += problems
+        if blob is not None and rebuild is not None and not problems:
+            rebuilt += 1
+            findings += _view(found.path, blob, rebuild)
+    return Report(files=files, blobs=blobs, rebuilt=rebuilt, findings=findings)
+
+
+def _damage(path: str, problem: str, message: str) -> Finding:
+    return Finding(severity="damage", path=path, problem=problem, message=message)
+
+
+def _note(path: str, problem: str, message: str) -> Finding:
+    return Finding(severity="note", path=path, problem=problem, message=message)
+
+
+def _is_ours(store: Store, descriptor: int, st: os.stat_result) -> container.Footer | None:
+    if not may_be_blob(st):
+        return None
+    return container.read_footer(descriptor, st.st_size, store.config.id_bytes, store.config.key_bytes)
+
+
+def _moved_box(store: Store, path: str, descriptor: int, size: int) -> list[Finding]:
+    """A blob that a program rewrote behind the mount: its box is there, and not where a mount looks for it."""
+    if os.pread(descriptor, 12, 0)[_FILE_TYPE] != b"ftyp":
+        return []
+    with contextlib.suppress(BlobDamaged, NotABlob):
+        footer = container.find_by_walk(descriptor, size)
+        if footer is not None and footer.genuine(store.config.id_bytes, store.config.key_bytes):
+            return [
+                _note(
+                    path,
+                    "box_moved",
+                    "a program that does not know esrfs rewrote this blob in the store, so the view shows the small "
+                    "AVIF picture that it is. Bring the file back from a backup, or keep it as it is",
+                )
+            ]
+    return []
+
+
+def _blob(
+    store: Store, path: str, data: bytes, footer: container.Footer, networks: dict[bytes, str | None]
+) -> tuple[container.Blob | None, list[Finding]]:
+    advice = "The view of it can't be read: bring it back with `esrfs restore` or from a backup of the store"
+    try:
+        blob = container.unpack(data)
+    except (BlobDamaged, NotABlob) as error:
+        return None, [_damage(path, "blob_damaged", f"{error}. {advice}")]
+    recipe = blob.recipe
+    if recipe.original_size != footer.view_size:
+        sizes = f"{footer.view_size} bytes, its recipe one of {recipe.original_size}"
+        return blob, [_damage(path, "blob_damaged", f"its footer promises a view of {sizes}. {advice}")]
+    if blob.avif[_FILE_TYPE] != b"ftyp":
+        return blob, [_damage(path, "blob_damaged", f"its picture is no AVIF. {advice}")]
+    if recipe.network_sha256:
+        if recipe.network_sha256 not in networks:
+            networks[recipe.network_sha256] = _network_problem(store, recipe.network_sha256)
+        problem = networks[recipe.network_sha256]
+        if problem is not None:
+            return blob, [_damage(path, "network_missing", f"its network {recipe.network} can't be used: {problem}")]
+    return blob, []
+
+
+def _network_problem(store: Store, sha256: bytes) -> str | None:
+    try:
+        store.network_bytes(sha256)
+    except (StoreError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _view(path: str, blob: container.Blob, rebuild: Rebuild) -> list[Finding]:
+    recipe = blob.recipe
+    try:
+        rebuilt = rebuild(recipe.sha256_view, blob.recipe_bytes, blob.avif)
+    except (EngineError, TimeoutError) as error:
+        return [_damage(path, "rebuild_failed", f"its view can't be rebuilt: {error}")]
+    if len(rebuilt.view) != recipe.original_size or hashlib.sha256(rebuilt.view).digest() != rebuilt.sha256:
+        return [_damage(path, "rebuild_failed", "the engine's answer is not a view of the promised size")]
+    if rebuilt.sha256 != recipe.sha256_view:
+        return [
+            _note(
+                path,
+                "inexact",
+                f"its view was rebuilt, but not byte for byte as when it was made ({recipe.encoder}): this machine's "
+                "hardware or libraries differ",
+            )
+        ]
+    return []
+
+
+def _networks(store: Store) -> Iterator[Finding]:
+    for name in sorted(os.listdir(store.networks_fd)):
+        if name.startswith("."):
+            continue  # on its way in
+        try:
+            digest = bytes.fromhex(name)
+        except ValueError:
+            yield _note(f"{RESERVED}/{NETWORKS}/{name}", "unknown_file", "esrfs did not put this file here")
+            continue
+        problem = _network_problem(store, digest)
+        if problem is not None:
+            yield _damage(f"{RESERVED}/{NETWORKS}/{name}", "network_damaged", problem)
+
+
+def _ledgers(store: Store) -> Iterator[Finding]:
+    """Damaged lines, steps that wait for recovery, and originals that should be in the window and are not."""
+    there = set(os.listdir(store.originals_fd))
+    steps: list[ledger.Intent] = []
+    done: set[str] = set()
+    gone: set[str] = set()
+    restored: set[str] = set()
+    for name, reading in _readings(store):
+        where = f"{RESERVED}/ledger/{name}"
+        if reading.damaged:
+            yield _damage(where, "ledger_damaged", f"{reading.damaged} lines of it don't fit their checksums")
+        if ledger.pending(reading.records) and not _writer_lives(store, name):
+            yield _note(where, "unfinished", "a step was interrupted; mounting the store finishes it or takes it back")
+        for record in reading.records:
+            if isinstance(record, ledger.Intent):
+                steps.append(record)
+            elif isinstance(record, ledger.Done):
+                done.add(record.job)
+            elif isinstance(record, Purged):
+                gone.add(record.name)
+            elif isinstance(record, ToPlain) and record.purpose == "restore":
+                restored.add(record.sha256_plain)
+    for step in steps:
+        lost = step.job in done and step.kept not in there and step.kept not in gone
+        if lost and step.sha256_original not in restored:
+            yield _damage(
+                f"{RESERVED}/{ORIGINALS}/{step.kept}",
+                "original_missing",
+                f"the original of {ledger.unquote(step.path)} left the undo window, and not by esrfs",
+            )
+
+
+def _readings(store: Store) -> Iterator[tuple[str, ledger.Reading]]:
+    """Every ledger, by its path below ``ledger/``."""
+    for folder in ("", ledger.SETTLED):
+        try:
+            directory = beneath(store.ledger_fd, folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
+        try:
+            for name in sorted(os.listdir(directory)):
+                if name in (ledger.SETTLED, ledger.DAYS):
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # its process ended, and it moved to settled/
+                    descriptor = beneath(directory, name, os.O_RDONLY | os.O_NOFOLLOW)
+                    try:
+                        yield os.path.join(folder, name), ledger.read_fd(descriptor)
+                    finally:
+                        os.close(descriptor)
+        finally:
+            os.close(directory)
+
+
+def _writer_lives(store: Store, name: str) -> bool:
+    try:
+        descriptor = beneath(store.ledger_fd, name, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        return True
+    try:
+        ledger.lock(descriptor)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _originals(store: Store, *, deep: bool) -> Iterator[Finding]:
+    for kept in sorted(originals.entries(store), key=lambda kept: kept.name):
+        where = f"{RESERVED}/{ORIGINALS}/{kept.name}"
+        with contextlib.suppress(FileNotFoundError):
+            if originals.is_changed(store, kept):
+                yield _note(where, "original_changed", "a program wrote to it after compaction; it will not be purged")
+            elif deep:
+                try:
+                    os.close(originals.open_verified(store, kept))
+                except ValueError:
+                    yield _damage(where, "original_damaged", "its content is not what was put there")
+    for name in originals.found(store):
+        yield _note(
+            f"{RESERVED}/{ORIGINALS}/{name}",
+            "put_aside",
+            "recovery could not account for this file and kept it; look at it, then move it where it belongs",
+        )
+
+
+def _staging(store: Store) -> Iterator[Finding]:
+    if store.staging_fd < 0:
+        return
+    for staged in staging.entries(store):
+        if not staged.kind:
+            yield _note(f"{RESERVED}/staging/{store.host}/{staged.name}", "unknown_file", "esrfs did not put it here")
+
+
+def _read_all(descriptor: int, size: int) -> bytes:
+    with os.fdopen(os.dup(descriptor), "rb") as file:
+        file.seek(0)
+        return file.read(size)
