@@ -108,6 +108,18 @@ def is_immutable(fd: int) -> bool:
     return bool(flags & _FS_IMMUTABLE)
 
 
+def reserve(fd: int, length: int) -> None:
+    """Allocate room for ``length`` bytes from the start without changing the file's size (FALLOC_FL_KEEP_SIZE).
+
+    Does nothing where the filesystem can't. Raises OSError: ENOSPC, EDQUOT.
+    """
+    if _libc.fallocate(fd, 1, ctypes.c_int64(0), ctypes.c_int64(length)) != 0 and ctypes.get_errno() in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+    ):
+        raise _fail()
+
+
 class LeasesUnavailable(OSError):  # noqa: N818
     """The filesystem grants no leases, or not to this user."""
 
