@@ -1,0 +1,279 @@
+"""JPEG: what is refused and why, and where the bytes of a view lie."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from esrfs import formats
+from esrfs.blob import recipe
+from esrfs.blob.recipe import JpegCoding, Run
+from esrfs.compaction.outcome import Reason
+from esrfs.formats import jpeg, jpeg_parse
+from esrfs.formats.view import Pixels
+
+PHOTOS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "photos"
+LIMIT = 50.0
+
+
+def picture(width: int = 320, height: int = 240, mode: str = "RGB") -> Image.Image:
+    """Something with edges, texture and smooth parts."""
+    random = np.random.default_rng(7)
+    y, x = np.mgrid[0:height, 0:width]
+    smooth = np.stack([x * 255 / width, y * 255 / height, (x + y) % 256], axis=2)
+    noisy = smooth + random.normal(0, 25, smooth.shape)
+    return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).convert(mode)
+
+
+def jpeg_bytes(image: Image.Image | None = None, **options: Any) -> bytes:
+    out = io.BytesIO()
+    (image or picture()).save(out, "JPEG", **{"quality": 90, **options})
+    return out.getvalue()
+
+
+def softer(pixels: Pixels, radius: float = 1.0) -> Pixels:
+    """What stands in for a network's rebuilt picture."""
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)))
+
+
+def fitted(data: bytes, radius: float = 1.0) -> tuple[formats.FittedView, bytes]:
+    split = formats.split(data, LIMIT)
+    view = formats.fit_view(split, softer(split.pixels(), radius))
+    return view, view.expand()
+
+
+def with_segment(data: bytes, marker: int, payload: bytes, before: int = 0xDB) -> bytes:
+    """``data`` with one more segment, before the first one with marker ``before``."""
+    offset = 2
+    while data[offset + 1] != before:
+        offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
+    segment = bytes([0xFF, marker]) + (len(payload) + 2).to_bytes(2, "big") + payload
+    return data[:offset] + segment + data[offset:]
+
+
+def refusal(data: bytes) -> formats.Unsupported:
+    with pytest.raises(formats.Unsupported) as caught:
+        formats.split(data, LIMIT).pixels()
+    return caught.value
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+def test_view_has_the_originals_size_tables_and_tail(subsampling: str) -> None:
+    original = jpeg_bytes(subsampling=subsampling, exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0") + b"trailing video"
+    view, data = fitted(original)
+    assert len(data) == len(original)
+    assert data.endswith(b"\xff\xd9trailing video")
+    before, after = jpeg_parse.parse(original), jpeg_parse.parse(data)
+    assert after.eoi == before.eoi
+    assert after.quantisation == before.quantisation
+    assert after.subsampling == subsampling
+    kept = [part.raw for part in before.segments if part.marker != 0xC4]
+    assert [part.raw for part in after.segments][: len(kept)] == kept
+    assert isinstance(view.coding, JpegCoding)
+    assert formats.decode(data, LIMIT).shape == (240, 320, 3)
+
+
+def test_view_of_a_gray_picture() -> None:
+    original = jpeg_bytes(picture(mode="L"))
+    view, data = fitted(original)
+    assert len(data) == len(original)
+    assert view.coding.mode == "L"
+    assert formats.decode(data, LIMIT).shape == (240, 320, 1)
+
+
+def test_scan_starts_at_a_round_offset_and_the_tail_is_fill() -> None:
+    original = jpeg_bytes(picture(800, 600), quality=97)
+    view, data = fitted(original, radius=2)
+    assert recipe.length(view.prefix) % 65536 == 0
+    assert any(isinstance(span, Run) and span.value == 0xFF and span.count >= 8192 for span in view.suffix)
+    fill = [part for part in jpeg_parse.parse(data).segments if part.marker == 0xED]
+    assert fill
+    assert all(re.fullmatch(rb"esrfs\0\0*", part.payload) for part in fill)
+    assert jpeg_parse.parse(data).segments[-len(fill) :] == fill
+
+
+def test_much_fill_stays_within_36_segments() -> None:
+    original = jpeg_bytes(picture(2200, 1600), quality=100, subsampling="4:4:4")
+    split = formats.split(original, LIMIT)
+    view = formats.fit_view(split, np.full((1600, 2200, 3), 100, np.uint8))
+    assert len(view.expand()) == len(original)
+    segments = jpeg_parse.parse(view.expand()).segments
+    assert 30 <= sum(part.marker == 0xED for part in segments) <= 36
+
+
+@pytest.mark.parametrize("count", [*range(10, 30), 65535, 65536, 65537, *range(65538, 65560), 65537 * 36])
+def test_fill_is_exact(count: int) -> None:
+    spans = jpeg._fill(count)
+    data = recipe.expand(spans)
+    assert len(data) == count
+    offset = 0
+    while offset < count:
+        assert data[offset : offset + 2] == b"\xff\xed"
+        length = int.from_bytes(data[offset + 2 : offset + 4], "big")
+        assert data[offset + 4 : offset + 10] == b"esrfs\0"
+        offset += 2 + length
+    assert offset == count
+
+
+def test_scan_is_reproduced_from_the_coding() -> None:
+    original = jpeg_bytes()
+    split = formats.split(original, LIMIT)
+    pixels = softer(split.pixels())
+    view = formats.fit_view(split, pixels)
+    assert formats.encode_scan(view.coding, split.width, split.height, pixels, len(view.scan)) == view.scan
+
+
+def test_a_reconstruction_that_needs_more_is_softened_into_the_same_length() -> None:
+    original = jpeg_bytes()
+    split = formats.split(original, LIMIT)
+    view = formats.fit_view(split, softer(split.pixels(), 0.6))
+    noisy = split.pixels()
+    scan = formats.encode_scan(view.coding, split.width, split.height, noisy, len(view.scan))
+    assert len(scan) == len(view.scan)
+    data = recipe.expand(view.prefix) + scan + recipe.expand(view.suffix)
+    assert formats.split(data, LIMIT).pixels().shape == noisy.shape
+    with pytest.raises(formats.DoesNotFit):
+        formats.encode_scan(view.coding, split.width, split.height, noisy, 100)
+
+
+def test_quantisation_is_raised_in_place_where_it_must_be() -> None:
+    original = jpeg_bytes(optimize=True, quality=60)
+    split = formats.split(original, LIMIT)
+    view = formats.fit_view(split, softer(split.pixels(), 0.4))
+    data = view.expand()
+    assert len(data) == len(original)
+    before, after = jpeg_parse.parse(original), jpeg_parse.parse(data)
+    assert sum(after.quantisation[0]) > sum(before.quantisation[0])
+    assert isinstance(view.coding, JpegCoding)
+    assert view.coding.quantisation == after.quantisation
+    assert max(after.quantisation[0][i] / before.quantisation[0][i] for i in range(64)) < 1.6
+
+
+def test_noise_does_not_fit_a_smooth_pictures_size() -> None:
+    split = formats.split(jpeg_bytes(Image.new("RGB", (320, 240))), LIMIT)
+    with pytest.raises(formats.DoesNotFit, match="bytes too long"):
+        formats.fit_view(split, np.asarray(picture()))
+
+
+def test_standard_tables_are_pillows() -> None:
+    data = jpeg_bytes()
+    tables = b"".join(part.payload for part in jpeg_parse.parse(data).segments if part.marker == 0xC4)
+    assert jpeg._huffman("RGB")[4:] == tables
+
+
+def test_metadata_does_not_move_when_it_follows_the_tables() -> None:
+    """exiftool prints absolute offsets, and MPF counts from its own place."""
+    restarts = jpeg_bytes(restart_marker_rows=1)
+    original = with_segment(
+        with_segment(restarts, 0xE2, b"MPF\0" + bytes(60), before=0xDA), 0xFE, b"words", before=0xDD
+    )
+    _, data = fitted(original)
+    assert data.index(b"MPF\0") == original.index(b"MPF\0")
+    assert jpeg_parse.parse(data).restart_interval == 0
+    assert formats.decode(data, LIMIT).shape == (240, 320, 3)
+
+
+def test_markers_in_thumbnails_and_after_the_picture_are_not_its_end() -> None:
+    thumbnail = jpeg_bytes(picture(32, 24))
+    original = with_segment(jpeg_bytes(), 0xE1, b"Exif\0\0" + thumbnail) + thumbnail
+    _, data = fitted(original)
+    assert data.endswith(thumbnail)
+    assert data[:2000].count(thumbnail) == 1
+
+
+def test_fill_bytes_before_markers_and_the_end_are_understood() -> None:
+    original = jpeg_bytes()
+    original = original[:-2] + b"\xff" * 5 + original[-2:]
+    original = original[:2] + b"\xff\xff" + original[2:]
+    _, data = fitted(original)
+    assert len(data) == len(original)
+    assert data[:6] == original[:6]
+
+
+def test_component_numbers_stay() -> None:
+    original = bytearray(jpeg_bytes())
+    frame, scan = original.index(b"\xff\xc0"), original.index(b"\xff\xda")
+    for index in range(3):
+        original[frame + 10 + 3 * index] = 10 + index
+        original[scan + 5 + 2 * index] = 10 + index
+    _, data = fitted(bytes(original))
+    assert [part.id for part in jpeg_parse.parse(data).components] == [10, 11, 12]
+    assert formats.split(data, LIMIT).pixels().shape == (240, 320, 3)
+
+
+def damaged_files() -> Iterator[tuple[str, bytes, Reason]]:
+    good = jpeg_bytes()
+    scan = jpeg_parse.parse(good).scan_start
+    frame = good.index(b"\xff\xc0")
+    yield "progressive", jpeg_bytes(progressive=True), Reason.UNSUPPORTED_KIND
+    yield "CMYK", jpeg_bytes(picture().convert("CMYK")), Reason.UNSUPPORTED_KIND
+    yield "coded as RGB", jpeg_bytes(keep_rgb=True), Reason.UNSUPPORTED_KIND
+    yield "JUMBF", with_segment(good, 0xEB, b"JP\0\1" + bytes(20)), Reason.SIGNED
+    yield "end-of-image", good[:-2], Reason.UNSUPPORTED_KIND
+    yield "end-of-image", good[: len(good) // 2], Reason.UNSUPPORTED_KIND
+    yield "longer than the file", good[:300], Reason.BROKEN
+    yield "before its pixels", good[:20], Reason.BROKEN
+    yield "too early", good[: len(good) // 2].rstrip(b"\xff") + b"\xff\xd9", Reason.BROKEN
+    yield "more data", good[:-2] + b"\x12\x34" * 20 + b"\xff\xd9", Reason.BROKEN
+    yield "restart markers", good[: scan + 500] + b"\x11\xff\xd0" + good[scan + 500 :], Reason.BROKEN
+    yield "belong to none", good[:20] + b"\0\0" + good[20:], Reason.BROKEN
+    yield "12 bits", good[: frame + 4] + b"\x0c" + good[frame + 5 :], Reason.UNSUPPORTED_KIND
+    yield "arithmetic", good[:frame] + b"\xff\xc9" + good[frame + 2 :], Reason.UNSUPPORTED_KIND
+    yield "lossless", good[:frame] + b"\xff\xc3" + good[frame + 2 :], Reason.UNSUPPORTED_KIND
+    yield "4:4:0", good[: frame + 11] + b"\x12" + good[frame + 12 :], Reason.UNSUPPORTED_KIND
+    yield "4:1:1", good[: frame + 11] + b"\x41" + good[frame + 12 :], Reason.UNSUPPORTED_KIND
+    yield "height after", good[: frame + 5] + b"\0\0" + good[frame + 7 :], Reason.UNSUPPORTED_KIND
+    yield "limit", good[: frame + 5] + b"\xff\xff\xff\xff" + good[frame + 9 :], Reason.TOO_LARGE
+
+
+@pytest.mark.parametrize(
+    ("word", "data", "reason"), [pytest.param(*case, id=f"{case[0]}-{case[2]}") for case in damaged_files()]
+)
+def test_refusals_say_why(word: str, data: bytes, reason: Reason) -> None:
+    error = refusal(data)
+    assert error.reason is reason
+    assert word in error.message
+    assert error.kind == "jpeg"
+
+
+def test_restart_intervals_that_are_cut_are_noticed() -> None:
+    data = jpeg_bytes(restart_marker_rows=1)
+    formats.split(data, LIMIT).pixels()
+    marker = data.index(b"\xff\xd3", jpeg_parse.parse(data).scan_start)
+    assert "too early" in refusal(data[: marker - 40].rstrip(b"\xff") + data[marker:]).message
+
+
+def test_the_last_blocks_may_be_white() -> None:
+    """A saturated end hides what its bits say; the picture is intact all the same."""
+    image = picture(64, 64)
+    image.paste((255, 255, 255), (0, 40, 64, 64))
+    for quality in (30, 75, 95, 100):
+        assert formats.split(jpeg_bytes(image, quality=quality), LIMIT).pixels().shape == (64, 64, 3)
+
+
+@pytest.mark.skipif(shutil.which("exiftool") is None, reason="exiftool is not installed")
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="no shared photographs beside this checkout")
+def test_exiftool_prints_the_same_of_camera_files(tmp_path: Path) -> None:
+    names = ["gps/DSCN0010.jpg", "hdr/canon_hdr_YES.jpg", "tests/22-canon_tags.jpg", "Canon_PowerShot_S40.jpg"]
+    printed = []
+    for folder in ("originals", "views"):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            data = (PHOTOS / "exif-samples" / "jpg" / name).read_bytes()
+            if folder == "views":
+                data = fitted(data)[1]
+            (tmp_path / folder / Path(name).name).write_bytes(data)
+        command = ["exiftool", "-j", "-G", "-struct", "-a", "--File:FileModifyDate", "--File:FileAccessDate"]
+        command += ["--File:FileInodeChangeDate", "."]
+        printed.append(subprocess.run(command, cwd=tmp_path / folder, capture_output=True, check=True).stdout)
+    assert printed[0] == printed[1]

@@ -1,0 +1,166 @@
+"""Views, for any picture: exact length, decodable, envelope verbatim; and no bytes at all make the parsers crash."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFilter
+
+from esrfs import formats
+from esrfs.blob import recipe
+
+LIMIT = 10.0
+
+
+def made_picture(width: int, height: int, mode: str, seed: int, noise: float) -> Image.Image:
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([(x * (k + 1) + y * 3) * 2.0 for k in range(len(mode))], axis=2)
+    pixels = (pixels + random.normal(0, noise, pixels.shape)) % 256
+    pixels = pixels.astype(np.uint8)
+    return Image.fromarray(pixels[:, :, 0] if len(mode) == 1 else pixels)
+
+
+def rebuilt(pixels: formats.Pixels) -> formats.Pixels:
+    colours = pixels[:, :, :1] if pixels.shape[2] < 3 else pixels[:, :, :3]
+    image = Image.fromarray(np.ascontiguousarray(colours.squeeze(2) if colours.shape[2] == 1 else colours))
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(1.5)))
+
+
+def check_view(original: bytes) -> formats.FittedView | None:
+    split = formats.split(original, LIMIT)
+    pixels = split.pixels()
+    try:
+        view = formats.fit_view(split, rebuilt(pixels))
+    except formats.DoesNotFit:
+        return None
+    data = view.expand()
+    assert len(data) == len(original)
+    again = formats.split(data, LIMIT)
+    assert again.pixels().shape == pixels.shape
+    scan = formats.encode_scan(view.coding, split.width, split.height, rebuilt(pixels), len(view.scan))
+    assert scan == view.scan
+    return view
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    width=st.integers(1, 150),
+    height=st.integers(1, 150),
+    mode=st.sampled_from(["L", "RGB"]),
+    subsampling=st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]),
+    quality=st.integers(20, 100),
+    optimize=st.booleans(),
+    restarts=st.integers(0, 20),
+    extra=st.integers(0, 70_000),
+    trailing=st.binary(max_size=50),
+    seed=st.integers(0, 1000),
+)
+def test_any_jpeg_gets_a_view_of_its_size(
+    *, width: int, height: int, mode: str, subsampling: str, quality: int, optimize: bool, restarts: int, extra: int,
+    trailing: bytes, seed: int,
+) -> None:  # fmt: skip
+    image = made_picture(width, height, mode, seed, noise=20)
+    out = io.BytesIO()
+    image.save(
+        out,
+        "JPEG",
+        quality=quality,
+        subsampling=subsampling if mode == "RGB" else -1,
+        optimize=optimize,
+        restart_marker_blocks=restarts,
+        comment=b"a comment",
+    )
+    made = out.getvalue()
+    original = made[:-2] + b"\xff" * extra + made[-2:] + trailing
+    view = check_view(original)
+    if extra > 50_000:
+        assert view is not None
+        assert recipe.expand(view.prefix).startswith(original[: original.index(b"a comment") + 9])
+        assert recipe.expand(view.suffix).endswith(b"\xff\xd9" + trailing)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    width=st.integers(1, 120),
+    height=st.integers(1, 120),
+    mode=st.sampled_from(["L", "LA", "RGB", "RGBA"]),
+    level=st.integers(0, 9),
+    noise=st.floats(0, 60),
+    trailing=st.binary(max_size=50),
+    seed=st.integers(0, 1000),
+)
+def test_any_png_gets_a_view_of_its_size(
+    *, width: int, height: int, mode: str, level: int, noise: float, trailing: bytes, seed: int
+) -> None:
+    out = io.BytesIO()
+    made_picture(width, height, mode, seed, noise).save(out, "PNG", compress_level=level)
+    original = out.getvalue() + trailing
+    view = check_view(original)
+    if view is not None:
+        assert recipe.expand(view.prefix).startswith(original[: original.index(b"IDAT") - 4])
+        assert recipe.expand(view.suffix).endswith(original[original.rindex(b"IEND") - 4 :])
+
+
+def small_files() -> list[bytes]:
+    files = []
+    for kind, options in (("JPEG", {"quality": 60}), ("PNG", {}), ("WEBP", {}), ("GIF", {}), ("BMP", {}), ("TIFF", {})):
+        out = io.BytesIO()
+        made_picture(40, 30, "RGB", 1, 10).save(out, kind, **options)
+        files.append(out.getvalue())
+    return files
+
+
+FILES = small_files()
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    data=st.sampled_from(FILES),
+    position=st.floats(0, 1),
+    replacement=st.binary(max_size=8),
+    removed=st.integers(0, 200),
+)
+def test_damaged_files_are_refused_or_read_never_a_crash(
+    data: bytes, position: float, replacement: bytes, removed: int
+) -> None:
+    offset = int(position * len(data))
+    broken = data[:offset] + replacement + data[offset + removed :]
+    try:
+        split = formats.split(broken, LIMIT)
+        pixels = split.pixels()
+    except formats.Unsupported as error:
+        assert error.message
+    else:
+        assert pixels.shape[:2] == (split.height, split.width)
+    try:
+        formats.decode(broken, LIMIT)
+    except formats.Unsupported as error:
+        assert error.message
+
+
+@given(data=st.one_of(st.binary(max_size=400), st.binary(max_size=400).map(lambda tail: b"\xff\xd8\xff" + tail)))
+def test_garbage_is_refused(data: bytes) -> None:
+    with pytest.raises(formats.Unsupported):
+        formats.split(data, LIMIT)
+    assert isinstance(formats.identify(data), str)
+
+
+def test_identify_by_content() -> None:
+    assert [formats.identify(data) for data in FILES] == ["jpeg", "png", "webp", "gif", "bmp", "tiff"]
+    assert formats.identify(b"\0\0\0\x18ftypheic") == "heic"
+    assert formats.identify(b"\0\0\0\x18ftypisom") == "mp4"
+    assert formats.identify(b"") == ""
+    assert formats.identify(b"Plain words, not a picture") == ""
+
+
+def test_decode_cuts_to_eight_bits_and_limits_pixels() -> None:
+    out = io.BytesIO()
+    Image.fromarray(np.full((4, 5), 0x8000, np.uint16)).save(out, "PNG")
+    assert formats.decode(out.getvalue(), LIMIT)[0, 0, 0] == 0x80
+    with pytest.raises(formats.Unsupported, match="megapixels"):
+        formats.decode(FILES[0], 0.001)
