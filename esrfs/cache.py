@@ -7,8 +7,8 @@ eviction. The cache may fail in any way (full disk, damaged database, no permiss
 Two segments keep a scan (backup, indexer) from flushing what people look at: a view enters ``new`` (a quarter of the
 limit) and moves to ``kept`` when it is asked for again later. A scan reads each file once, so it only cycles ``new``.
 
-Threads: diskcache opens an SQLite connection for each thread, and a mount has hundreds, so one thread of our own talks to
-it. No lock is held while waiting for it.
+Threads: diskcache opens an SQLite connection for each thread, and a mount has hundreds, so one thread of our own
+talks to it. No lock is held while waiting for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import diskcache
 
@@ -40,6 +40,14 @@ PROMOTE_AFTER_SECONDS = 30.0
 _FAILURES = (OSError, sqlite3.Error, diskcache.Timeout, ValueError)
 
 T = TypeVar("T")
+
+
+class Hit(NamedTuple):
+    """A view that the caller owns and closes."""
+
+    descriptor: int
+    sha256: str
+    """Hex, of these very bytes; differs from the key when a reconstruction could not be repeated exactly."""
 
 
 class _RawDisk(diskcache.Disk):  # type: ignore[misc]
@@ -127,8 +135,8 @@ class ViewCache:
                     entry.unlink()
             return diskcache.Cache(str(directory), **settings)
 
-    def _find(self, key: str) -> int | None:
-        """A descriptor of the cached view, after its content was checked once in this process's life."""
+    def _find(self, key: str) -> Hit | None:
+        """The cached view, after its content was checked once in this process's life."""
         if self._kept is None:
             return None
         for segment in (self._kept, self._new):
@@ -146,7 +154,7 @@ class ViewCache:
                 descriptor = os.dup(reader.fileno())
             if segment is self._new and self._is_wanted_again(key):
                 self._promote(key, descriptor, digest)
-            return descriptor
+            return Hit(descriptor, digest)
         return None
 
     def _is_wanted_again(self, key: str) -> bool:
@@ -178,7 +186,7 @@ class ViewCache:
         space = os.statvfs(self._directory)
         return space.f_bavail * space.f_frsize >= self._free_floor + size
 
-    def _store(self, key: str, view: bytes, digest: str) -> int | None:
+    def _store(self, key: str, view: bytes, digest: str) -> Hit | None:
         if self._new is None or not self._make_room(self._new, len(view)):
             return None
         faults.reach("cache.put")
@@ -186,18 +194,18 @@ class ViewCache:
         self._stored_at[key] = time.monotonic()
         self._verified.add(key)
         with self._new.get(key, read=True) as reader:
-            return os.dup(reader.fileno())
+            return Hit(os.dup(reader.fileno()), digest)
 
     # What the vfs calls.
 
-    def get(self, key: str) -> int | None:
-        """A new descriptor of the cached view, to be closed by the caller; None when it is not there."""
-        descriptor = self._attempt("a look-up", lambda: self._find(key), None)
-        if descriptor is None:
+    def get(self, key: str) -> Hit | None:
+        """The cached view; None when it is not there."""
+        hit = self._attempt("a look-up", lambda: self._find(key), None)
+        if hit is None:
             self.misses += 1
         else:
             self.hits += 1
-        return descriptor
+        return hit
 
     def contains(self, key: str) -> bool:
         """Whether the view is cached; counts neither as hit nor as use."""
@@ -205,17 +213,17 @@ class ViewCache:
             "a look-up", lambda: self._kept is not None and (key in self._kept or key in self._new), False
         )
 
-    def put(self, key: str, view: bytes) -> int:
-        """Keep ``view`` and give a new descriptor of it; of an unnamed file in memory when the cache can't take it."""
+    def put(self, key: str, view: bytes) -> Hit:
+        """Keep ``view`` and give it back as a descriptor; of an unnamed file in memory when the cache can't take it."""
         digest = hashlib.sha256(view).hexdigest()
-        descriptor = self._attempt("writing", lambda: self._store(key, view, digest), None)
-        if descriptor is not None:
-            return descriptor
+        hit = self._attempt("writing", lambda: self._store(key, view, digest), None)
+        if hit is not None:
+            return hit
         descriptor = os.memfd_create("esrfs-view", os.MFD_CLOEXEC)
         written = 0
         while written < len(view):
             written += os.write(descriptor, memoryview(view)[written:])
-        return descriptor
+        return Hit(descriptor, digest)
 
     def drop(self, key: str) -> None:
         """Forget one view: its photograph was deleted."""

@@ -37,12 +37,13 @@ def cache(tmp_path: Path):
 def test_a_hit_is_a_descriptor_that_survives_eviction(cache: ViewCache) -> None:
     key, data = view(1)
     assert cache.get(key) is None
-    os.close(cache.put(key, data))
-    descriptor = cache.get(key)
-    assert descriptor is not None
+    os.close(cache.put(key, data).descriptor)
+    hit = cache.get(key)
+    assert hit is not None
     cache.drop(key)
     assert cache.get(key) is None
-    assert read(descriptor) == data
+    assert read(hit.descriptor) == data
+    assert hit.sha256 == key
     assert (cache.hits, cache.misses) == (1, 2)
 
 
@@ -51,7 +52,7 @@ def test_the_size_limit_holds_and_the_oldest_go_first(cache: ViewCache) -> None:
     for seed in range(20):
         key, data = view(seed)
         keys.append(key)
-        os.close(cache.put(key, data))
+        os.close(cache.put(key, data).descriptor)
     assert cache.measure()["bytes"] <= 4_000_000
     assert cache.contains(keys[-1])
     assert not cache.contains(keys[0])
@@ -60,25 +61,25 @@ def test_the_size_limit_holds_and_the_oldest_go_first(cache: ViewCache) -> None:
 def test_a_scan_does_not_flush_what_was_read_twice(cache: ViewCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "PROMOTE_AFTER_SECONDS", -1.0)
     wanted, data = view(200)
-    os.close(cache.put(wanted, data))
+    os.close(cache.put(wanted, data).descriptor)
     second = cache.get(wanted)
     assert second is not None
-    os.close(second)
+    os.close(second.descriptor)
     for seed in range(40):
-        os.close(cache.put(*view(seed)))
+        os.close(cache.put(*view(seed)).descriptor)
     assert cache.contains(wanted)
 
 
 def test_a_view_larger_than_the_cache_is_served_from_memory(cache: ViewCache) -> None:
     key, data = view(3, 3_000_000)
-    assert read(cache.put(key, data)) == data
+    assert read(cache.put(key, data).descriptor) == data
     assert not cache.contains(key)
 
 
 def test_the_floor_of_free_space_is_kept(tmp_path: Path) -> None:
     full = ViewCache(tmp_path / "views", size_limit=4_000_000, free_floor=1 << 60)
     key, data = view(4)
-    assert read(full.put(key, data)) == data
+    assert read(full.put(key, data).descriptor) == data
     assert not full.contains(key)
     full.close()
 
@@ -90,7 +91,7 @@ def test_a_full_disk_means_no_cache_and_one_warning(
     monkeypatch.setattr(faults, "_actions", {"cache.put": "errno:ENOSPC"})
     for seed in range(3):
         key, data = view(seed)
-        assert read(cache.put(key, data)) == data
+        assert read(cache.put(key, data).descriptor) == data
     assert sum(record.levelno >= logging.WARNING for record in caplog.records) == 1
 
 
@@ -98,7 +99,7 @@ def test_a_damaged_copy_is_dropped_not_served(tmp_path: Path, request: pytest.Fi
     request.getfixturevalue("expect_log")("was damaged")
     first = ViewCache(tmp_path / "views", free_floor=0)
     key, data = view(5)
-    os.close(first.put(key, data))
+    os.close(first.put(key, data).descriptor)
     first.close()
     stored = next(path for path in (tmp_path / "views").rglob("*.val"))
     stored.write_bytes(data[: len(data) // 2])
@@ -114,13 +115,13 @@ def test_a_damaged_database_is_started_anew(tmp_path: Path, request: pytest.Fixt
     (directory / "new" / "cache.db").write_bytes(b"this is no database, but it is long enough to look at" * 100)
     cache = ViewCache(directory, free_floor=0)
     key, data = view(6)
-    assert read(cache.put(key, data)) == data
+    assert read(cache.put(key, data).descriptor) == data
     assert cache.contains(key)
     cache.close()
 
 
 def test_only_raw_files_are_stored_and_the_directory_is_private(cache: ViewCache, tmp_path: Path) -> None:
-    os.close(cache.put(*view(7)))
+    os.close(cache.put(*view(7)).descriptor)
     assert (tmp_path / "views").stat().st_mode & 0o777 == 0o700
     with sqlite3.connect(tmp_path / "views" / "new" / "cache.db") as database:
         modes = {row[0] for row in database.execute("SELECT mode FROM Cache")}

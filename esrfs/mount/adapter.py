@@ -1,0 +1,307 @@
+"""FUSE callbacks to vfs operations, and the corrections that mfusepy needs on libfuse3 (DESIGN 10).
+
+mfusepy's own methods drop rename flags and the handle of truncate, chmod, chown and utimens, fold UTIME_NOW and
+UTIME_OMIT into numbers, and copy all data twice. So each method is replaced by one that takes what libfuse gave.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from esrfs.mount.binding import mfusepy
+from esrfs.vfs.filesystem import Caller, Filesystem, Opened
+
+log = logging.getLogger("esrfs.mount")
+
+MAX_BACKGROUND = 1024
+ATTRIBUTE_SECONDS = 1.0
+
+_CALLBACKS = (
+    "getattr",
+    "readlink",
+    "mknod",
+    "mkdir",
+    "unlink",
+    "rmdir",
+    "symlink",
+    "rename",
+    "link",
+    "chmod",
+    "chown",
+    "truncate",
+    "open",
+    "read",
+    "write",
+    "statfs",
+    "flush",
+    "release",
+    "fsync",
+    "setxattr",
+    "getxattr",
+    "listxattr",
+    "removexattr",
+    "opendir",
+    "readdir",
+    "releasedir",
+    "fsyncdir",
+    "init",
+    "create",
+    "utimens",
+    "fallocate",
+    "lseek",
+)
+
+_FUSE_CAP_DONT_MASK = 1 << 6
+_FUSE_CAP_SPLICE_WRITE = 1 << 7
+_FUSE_CAP_SPLICE_MOVE = 1 << 8
+_FUSE_CAP_SPLICE_READ = 1 << 9
+_FUSE_CAP_READDIRPLUS = 1 << 13
+_FUSE_CAP_READDIRPLUS_AUTO = 1 << 14
+_FUSE_CAP_POSIX_ACL = 1 << 19
+_FUSE_CAP_DIRECT_IO_ALLOW_MMAP = 1 << 28
+"""Known to libfuse 3.17 and newer."""
+_READDIR_PLUS = 1
+_FILL_DIR_PLUS = 2
+
+_threads = threading.local()
+
+
+def _keep_thread_state() -> None:
+    """libfuse's threads are foreign to Python: each callback would make and drop a thread state. One extra reference,
+    taken once on each thread, keeps it."""
+    if not hasattr(_threads, "kept"):
+        _threads.kept = True
+        ctypes.pythonapi.PyGILState_Ensure()
+
+
+def _name(path: bytes) -> str:
+    """A path as FUSE gives it (``/a/b``) as the vfs takes it (``a/b``)."""
+    return os.fsdecode(path[1:])
+
+
+def _caller() -> Caller:
+    context = mfusepy._libfuse.fuse_get_context().contents
+    return Caller(context.uid, context.gid, context.umask)
+
+
+def _timespecs(times: Any) -> int | None:
+    return ctypes.addressof(times.contents) if times else None
+
+
+def _fill(target: Any, st: os.stat_result, size: int) -> None:
+    target.st_dev = st.st_dev
+    target.st_ino = st.st_ino
+    target.st_nlink = st.st_nlink
+    target.st_mode = st.st_mode
+    target.st_uid = st.st_uid
+    target.st_gid = st.st_gid
+    target.st_rdev = st.st_rdev
+    target.st_size = size
+    target.st_blksize = st.st_blksize
+    # A view tells what the store uses, but never 0: `tar -S` would take it for one hole.
+    target.st_blocks = st.st_blocks if size == st.st_size else max(1, st.st_blocks)
+    target.st_atimespec.tv_sec, target.st_atimespec.tv_nsec = divmod(st.st_atime_ns, 1_000_000_000)
+    target.st_mtimespec.tv_sec, target.st_mtimespec.tv_nsec = divmod(st.st_mtime_ns, 1_000_000_000)
+    target.st_ctimespec.tv_sec, target.st_ctimespec.tv_nsec = divmod(st.st_ctime_ns, 1_000_000_000)
+
+
+class Adapter(mfusepy.FUSE):  # type: ignore[misc]
+    """Serves ``filesystem`` until the mount ends: the constructor returns then, as mfusepy's does."""
+
+    def __init__(
+        self, filesystem: Filesystem, mountpoint: str, options: dict[str, str | bool], on_init: Callable[[], None]
+    ) -> None:
+        self._fs = filesystem
+        self._on_init = on_init
+        super().__init__(
+            SimpleNamespace(use_ns=True, **dict.fromkeys(_CALLBACKS, True)), mountpoint, foreground=True, **options
+        )
+
+    def _wrapper(self, method: Callable[..., int | None], *arguments: Any) -> int:
+        try:
+            _keep_thread_state()
+            return method(*arguments) or 0
+        except OSError as error:
+            return -(error.errno or errno.EIO)
+        except KeyError:
+            return -errno.EBADF
+        except Exception:
+            log.exception("%s failed in a way that esrfs did not expect; the program gets EIO", method.__name__)
+            return -errno.EIO
+
+    def init_fuse_3(self, connection: Any, config: Any) -> None:
+        wanted = connection.contents
+        wanted.max_background = MAX_BACKGROUND
+        wanted.congestion_threshold = MAX_BACKGROUND * 3 // 4
+        wanted.want &= ~(_FUSE_CAP_SPLICE_READ | _FUSE_CAP_SPLICE_WRITE | _FUSE_CAP_SPLICE_MOVE)
+        # With POSIX_ACL the kernel enforces ACLs, and leaves the umask to the file system (a default ACL replaces it).
+        for capability in (
+            _FUSE_CAP_DONT_MASK,
+            _FUSE_CAP_POSIX_ACL,
+            _FUSE_CAP_READDIRPLUS,
+            _FUSE_CAP_READDIRPLUS_AUTO,
+            _FUSE_CAP_DIRECT_IO_ALLOW_MMAP,
+        ):
+            if wanted.capable & capability:
+                wanted.want |= capability
+        settings = config.contents
+        settings.nullpath_ok = 1
+        settings.hard_remove = 1
+        settings.use_ino = 1
+        settings.attr_timeout = ATTRIBUTE_SECONDS
+        settings.entry_timeout = ATTRIBUTE_SECONDS
+        settings.negative_timeout = 0.0
+        self._on_init()
+
+    # Names and attributes.
+
+    def getattr_fuse_3(self, path: bytes | None, target: Any, info: Any) -> None:
+        st, size = self._fs.stat(_name(path)) if path is not None else self._fs.stat_handle(info.contents.fh)
+        _fill(target.contents, st, size)
+
+    def readlink(self, path: bytes, buffer: Any, size: int) -> None:
+        target = os.fsencode(self._fs.readlink(_name(path)))[: size - 1] + b"\0"
+        ctypes.memmove(buffer, target, len(target))
+
+    def mknod(self, path: bytes, mode: int, device: int) -> None:
+        self._fs.mknod(_name(path), mode, device, _caller())
+
+    def mkdir(self, path: bytes, mode: int) -> None:
+        self._fs.mkdir(_name(path), mode, _caller())
+
+    def unlink(self, path: bytes) -> None:
+        self._fs.unlink(_name(path))
+
+    def rmdir(self, path: bytes) -> None:
+        self._fs.rmdir(_name(path))
+
+    def symlink(self, target: bytes, path: bytes) -> None:
+        self._fs.symlink(os.fsdecode(target), _name(path), _caller())
+
+    def rename_fuse_3(self, old: bytes, new: bytes, flags: int) -> None:
+        self._fs.rename(_name(old), _name(new), flags)
+
+    def link(self, existing: bytes, new: bytes) -> None:
+        self._fs.link(_name(existing), _name(new))
+
+    def chmod_fuse_3(self, path: bytes | None, mode: int, info: Any) -> None:
+        if path is None:
+            self._fs.chmod_handle(info.contents.fh, mode)
+        else:
+            self._fs.chmod(_name(path), mode)
+
+    def chown_fuse_3(self, path: bytes | None, uid: int, gid: int, info: Any) -> None:
+        uid, gid = ctypes.c_int(uid).value, ctypes.c_int(gid).value  # -1 stands for "as it is"
+        if path is None:
+            self._fs.chown_handle(info.contents.fh, uid, gid)
+        else:
+            self._fs.chown(_name(path), uid, gid)
+
+    def truncate_fuse_3(self, path: bytes | None, length: int, info: Any) -> None:
+        if info:
+            self._fs.truncate_handle(info.contents.fh, length)
+        elif path is not None:
+            self._fs.truncate(_name(path), length)
+
+    def utimens_fuse_3(self, path: bytes | None, times: Any, info: Any) -> None:
+        if path is None:
+            self._fs.utimens_handle(info.contents.fh, _timespecs(times))
+        else:
+            self._fs.utimens(_name(path), _timespecs(times))
+
+    def statfs(self, path: bytes, target: Any) -> None:
+        found = self._fs.statfs()
+        values = target.contents
+        for field in ("bsize", "frsize", "blocks", "bfree", "bavail", "files", "ffree", "favail", "flag", "namemax"):
+            setattr(values, f"f_{field}", getattr(found, f"f_{field}"))
+
+    # Extended attributes. A size of 0 asks how much room is needed.
+
+    def setxattr(self, path: bytes, name: bytes, value: Any, size: int, flags: int) -> None:
+        self._fs.setxattr(_name(path), os.fsdecode(name), ctypes.string_at(value, size), flags)
+
+    def getxattr(self, path: bytes, name: bytes, buffer: Any, size: int) -> int:
+        return self._answer(self._fs.getxattr(_name(path), os.fsdecode(name)), buffer, size)
+
+    def listxattr(self, path: bytes, buffer: Any, size: int) -> int:
+        names = b"".join(os.fsencode(name) + b"\0" for name in self._fs.listxattr(_name(path)))
+        return self._answer(names, buffer, size)
+
+    @staticmethod
+    def _answer(value: bytes, buffer: Any, size: int) -> int:
+        if size == 0:
+            return len(value)
+        if len(value) > size:
+            return -errno.ERANGE
+        ctypes.memmove(buffer, value, len(value))
+        return len(value)
+
+    def removexattr(self, path: bytes, name: bytes) -> None:
+        self._fs.removexattr(_name(path), os.fsdecode(name))
+
+    # Directories.
+
+    def opendir(self, path: bytes, info: Any) -> None:
+        info.contents.fh = self._fs.opendir(_name(path))
+
+    def readdir_fuse_3(self, path: bytes | None, buffer: Any, filler: Any, *rest: Any) -> None:
+        _offset, info, flags = rest
+        plus = bool(flags & _READDIR_PLUS)
+        st = mfusepy.c_stat()
+        for dots in (b".", b".."):
+            filler(buffer, dots, None, 0, 0)
+        for entry in self._fs.readdir(info.contents.fh, plus):
+            if entry.attributes is not None:
+                _fill(st, entry.attributes, entry.size)
+            else:
+                st.st_ino, st.st_mode = entry.inode, entry.kind
+            if filler(buffer, os.fsencode(entry.name), ctypes.byref(st), 0, _FILL_DIR_PLUS if plus else 0):
+                break
+
+    def releasedir(self, path: bytes | None, info: Any) -> None:
+        self._fs.releasedir(info.contents.fh)
+
+    def fsyncdir(self, path: bytes | None, data_only: int, info: Any) -> None:
+        self._fs.fsyncdir(info.contents.fh)
+
+    # Files.
+
+    @staticmethod
+    def _tell(info: Any, opened: Opened) -> None:
+        info.fh = opened.number
+        info.direct_io = opened.direct_io
+        info.keep_cache = opened.keep_cache
+
+    def create(self, path: bytes, mode: int, info: Any) -> None:
+        self._tell(info.contents, self._fs.create(_name(path), info.contents.flags, mode, _caller()))
+
+    def open(self, path: bytes, info: Any) -> None:
+        self._tell(info.contents, self._fs.open(_name(path), info.contents.flags))
+
+    def read(self, path: bytes | None, buffer: Any, size: int, offset: int, info: Any) -> int:
+        return self._fs.read_into(info.contents.fh, ctypes.addressof(buffer.contents), size, offset)
+
+    def write(self, path: bytes | None, buffer: Any, size: int, offset: int, info: Any) -> int:
+        return self._fs.write_from(info.contents.fh, ctypes.addressof(buffer.contents), size, offset)
+
+    def flush(self, path: bytes | None, info: Any) -> None:
+        self._fs.flush(info.contents.fh)
+
+    def release(self, path: bytes | None, info: Any) -> None:
+        self._fs.release(info.contents.fh)
+
+    def fsync(self, path: bytes | None, data_only: int, info: Any) -> None:
+        self._fs.fsync(info.contents.fh, bool(data_only))
+
+    def fallocate(self, path: bytes | None, mode: int, offset: int, length: int, info: Any) -> None:
+        self._fs.fallocate(info.contents.fh, mode, offset, length)
+
+    def lseek(self, path: bytes | None, offset: int, whence: int, info: Any) -> int:
+        return self._fs.lseek(info.contents.fh, offset, whence)

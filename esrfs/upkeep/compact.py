@@ -1,0 +1,278 @@
+"""Compaction of one file: is it at rest and worth a try, what does the engine say, and the swap.
+
+The engine computes (original's bytes, policy, network → blob or verdict) and touches nothing; ``store.swap`` alone
+changes the store. What happens to the file meanwhile is noticed by one of: the claim (this mount), the lease (this
+host), or the file's identity at the swap (any host).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from esrfs import faults
+from esrfs.blob import container
+from esrfs.blob.recipe import decode
+from esrfs.compaction.outcome import Outcome, Reason, Verdict
+from esrfs.engine.client import Engine
+from esrfs.formats.identify import HEAD_BYTES, identify
+from esrfs.networks import registry
+from esrfs.store import linux, swap
+from esrfs.store.beneath import open_parent
+from esrfs.store.catalog import Catalog, Entry
+from esrfs.store.examine import examine
+from esrfs.store.identity import Identity
+from esrfs.store.layout import Store
+from esrfs.store.swap import SwapResult, SwapStatus
+from esrfs.upkeep.claims import Claim, Claims
+
+log = logging.getLogger("esrfs.upkeep")
+
+_TEMPORARY = re.compile(
+    r"""
+    .*\.(part|partial|crdownload|download|tmp|temp|swp|swx|lock)   # browsers, editors
+    | \.goutputstream-.* | \.~lock\..* | \.\#.* | .*~ | \#.*\#     # GNOME, LibreOffice, Emacs
+    | \..+\.[A-Za-z0-9]{6}                                         # rsync: .name.XXXXXX
+    | \.syncthing\..* | \.trashed-.* | \.pending-.*
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_LARGEST = 1 << 30
+"""Bytes: no camera writes larger JPEG or PNG files, and the engine holds an original in memory."""
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of one file. ``state``: compacted, refused, passed_through, blob (already), or left: it was busy, or
+    changed meanwhile, and is worth another try later."""
+
+    path: str
+    state: str
+    reason: str = ""
+    message: str = ""
+    original_bytes: int = 0
+    stored_bytes: int = 0
+
+
+class CompactionUnavailable(Exception):  # noqa: N818 (a state of the store rather than an error)
+    """The store's filesystem offers no safe swap; the message says what the owner can do."""
+
+
+def is_temporary(name: str) -> bool:
+    """Whether programs give such names to files that they have not finished."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def check_available(store: Store) -> None:
+    """Raises CompactionUnavailable where a swap could overwrite somebody's work, or the store is read-only."""
+    if store.readonly:
+        raise CompactionUnavailable(f"{store.path} is open read-only, so nothing is compacted")
+    if swap.swap_mode(store.config) is None:
+        missing = "atomic exchange" if not store.config.probe.exchange else "leases"
+        raise CompactionUnavailable(
+            f"{store.path}: its filesystem has no {missing}, so a file that another program changes at the same moment "
+            "could be lost; nothing is compacted. If only esrfs writes there, say so: esrfs init --exclusive"
+        )
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What compaction of any file of a store needs."""
+
+    store: Store
+    engine: Engine
+    catalog: Catalog
+    claims: Claims
+    lease_held: Callable[[], bool]
+
+
+def compact(workshop: Workshop, path: str, *, again: bool = False) -> Done:
+    """Compact the file at ``path``, if that is right for it. ``again``: also when an earlier verdict was against it.
+
+    Raises OSError for trouble with the store (full, failing), EngineError and TimeoutError for trouble with the engine,
+    WeightsError when the policy's network is not installed; trouble with the file is a verdict.
+    """
+    store = workshop.store
+    with open_parent(store.root_fd, path) as (directory, name):
+        try:
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        except FileNotFoundError:
+            return Done(path, "left", message="it is gone")
+        except PermissionError:
+            return Done(path, "left", message="it may not be read")
+    try:
+        return _compact_open(workshop, path, name, descriptor, again)
+    finally:
+        os.close(descriptor)
+
+
+def _compact_open(workshop: Workshop, path: str, name: str, descriptor: int, again: bool) -> Done:
+    st = os.fstat(descriptor)
+    if not stat.S_ISREG(st.st_mode):
+        return Done(path, "left", message="it is no regular file")
+    if examine(workshop.store, descriptor, st) is not None:
+        return Done(path, "blob")
+    identity = Identity.from_stat(st)
+    known = workshop.catalog.get(identity)
+    if known is not None and known.state in (Verdict.REFUSED, Verdict.PASSED_THROUGH) and not again:
+        return Done(path, known.state, known.reason, known.message, st.st_size, st.st_blocks * 512)
+    verdict = _verdict_before_reading(name, descriptor, st)
+    if verdict is not None:
+        return _remember(workshop, path, st, verdict)
+    try:
+        with linux.read_lease(descriptor):
+            pass
+    except BlockingIOError:
+        return Done(path, "left", message="a program has it open for writing")
+    except linux.LeasesUnavailable:
+        if not workshop.store.config.exclusive:
+            return Done(path, "left", message="no lease is granted on it")
+    claim = workshop.claims.take((st.st_dev, st.st_ino))
+    if claim is None:
+        return Done(path, "left", message="it is in use")
+    try:
+        return _compact_claimed(workshop, path, descriptor, st, claim)
+    finally:
+        workshop.claims.end(claim)
+
+
+def _verdict_before_reading(name: str, descriptor: int, st: os.stat_result) -> Outcome | None:
+    if st.st_nlink > 1:
+        return _refusal(Reason.HARD_LINKS, f"it has {st.st_nlink} hard links, which a blob would part")
+    if is_temporary(name):
+        return _refusal(Reason.TEMPORARY_NAME, "its name says that it is not finished")
+    kind = identify(os.pread(descriptor, HEAD_BYTES, 0))
+    if not kind:
+        return _as_it_is(Reason.NOT_A_PICTURE, "it is no picture that esrfs knows")
+    if kind not in ("jpeg", "png"):
+        return _as_it_is(Reason.UNSUPPORTED_KIND, f"files of kind {kind} are kept as they are", kind)
+    if st.st_size > _LARGEST:
+        return _as_it_is(Reason.TOO_LARGE, "it is larger than 1 GiB", kind)
+    return None
+
+
+def _refusal(reason: Reason, message: str) -> Outcome:
+    return Outcome(verdict=Verdict.REFUSED, reason=reason, message=message)
+
+
+def _as_it_is(reason: Reason, message: str, kind: str = "") -> Outcome:
+    return Outcome(verdict=Verdict.PASSED_THROUGH, reason=reason, message=message, kind=kind)
+
+
+def _compact_claimed(workshop: Workshop, path: str, descriptor: int, st: os.stat_result, claim: Claim) -> Done:
+    identity = Identity.from_stat(st)
+    original = _read(descriptor, st.st_size)
+    if original is None or Identity.from_stat(os.fstat(descriptor)) != identity:
+        return Done(path, "left", message="it changed while it was read")
+    faults.reach("compact.read")
+    store = workshop.store
+    outcome = _ask_engine(workshop, original, claim)
+    if outcome is None:
+        return Done(path, "left", message="a program began to use it")
+    if outcome.verdict is not Verdict.COMPACTED:
+        return _remember(workshop, path, st, outcome)
+    blob = container.pack(outcome.avif, outcome.recipe, store.config.id_bytes, store.config.key_bytes)
+    faults.reach("compact.packed")
+    result = swap.swap_in(
+        store,
+        path,
+        descriptor,
+        identity,
+        blob,
+        hashlib.sha256(original).digest(),
+        lease_ok=workshop.lease_held,
+        interrupted=lambda: claim.interrupted,
+        barrier=workshop.claims.barrier(claim),
+    )
+    match result.status:
+        case SwapStatus.DONE:
+            return _remember_blob(workshop, path, outcome, len(original), result)
+        case SwapStatus.METADATA:
+            return _remember(workshop, path, st, _refusal(Reason.METADATA, result.message))
+        case SwapStatus.HARD_LINKS:
+            return _remember(workshop, path, st, _refusal(Reason.HARD_LINKS, result.message))
+        case _:
+            return Done(path, "left", message=result.message)
+
+
+def _read(descriptor: int, size: int) -> bytes | None:
+    """The whole file; None when it is not ``size`` bytes long any more."""
+    parts = []
+    offset = 0
+    while True:
+        part = os.pread(descriptor, 1 << 24, offset)
+        if not part:
+            break
+        parts.append(part)
+        offset += len(part)
+        if offset > size:
+            return None
+    return b"".join(parts) if offset == size else None
+
+
+def _ask_engine(workshop: Workshop, original: bytes, claim: Claim) -> Outcome | None:
+    """The engine's answer; None when the claim was interrupted meanwhile."""
+    policy = workshop.store.config.policy
+    # The store keeps a copy of each network that a recipe names.
+    network = workshop.store.keep_network(registry.find(policy.network).read_bytes())
+    ticket = workshop.engine.compact_ticket(original, policy, network, policy.network)
+    try:
+        while not ticket.done:
+            if claim.interrupted:
+                return None
+            try:
+                return ticket.wait(_POLL_SECONDS)
+            except TimeoutError:
+                continue
+        return ticket.wait(_POLL_SECONDS)
+    finally:
+        ticket.release()
+
+
+def _remember(workshop: Workshop, path: str, st: os.stat_result, outcome: Outcome) -> Done:
+    reason = outcome.reason.value if outcome.reason else ""
+    workshop.catalog.put(
+        Identity.from_stat(st),
+        Entry(
+            state=outcome.verdict.value,
+            reason=reason,
+            message=outcome.message,
+            kind=outcome.kind,
+            width=outcome.width,
+            height=outcome.height,
+            view_size=st.st_size,
+            stored_bytes=st.st_blocks * 512,
+            score=outcome.score,
+            path=path,
+        ),
+    )
+    return Done(path, outcome.verdict.value, reason, outcome.message, st.st_size, st.st_blocks * 512)
+
+
+def _remember_blob(workshop: Workshop, path: str, outcome: Outcome, original_bytes: int, result: SwapResult) -> Done:
+    recipe = decode(outcome.recipe)
+    assert result.blob is not None
+    stored = result.blob.size
+    workshop.catalog.put(
+        result.blob,
+        Entry(
+            state="blob",
+            kind=outcome.kind,
+            width=recipe.width,
+            height=recipe.height,
+            view_size=recipe.original_size,
+            stored_bytes=-(-stored // 512) * 512,
+            sha256_view=recipe.sha256_view,
+            score=recipe.scores.ssimulacra2,
+            scale=recipe.scale,
+            quality=recipe.quality,
+            path=path,
+        ),
+    )
+    return Done(path, Verdict.COMPACTED.value, original_bytes=original_bytes, stored_bytes=stored)

@@ -1,0 +1,370 @@
+"""Which file is compacted when: files at rest, one after the other, by one compactor for each store.
+
+A file is at rest when its identity has not changed for the quiet time, by the monotonic clock, and no handle is open.
+The vfs tells what changed through this mount; a walk at the start and from time to time finds the rest. ``pause`` is
+a file in the store, so it holds for every mount of it.
+
+Compaction stops by itself, and says so, when the engine fails repeatedly, when the store's disk fails, when the gate
+refuses everything, and when space is low even after the undo window was shortened.
+
+Locks: ``_changed`` protects the queue and the counters, and is never held while a file is looked at. ``_working`` is
+held for the whole of one file, so that a command and the thread never compact at the same time; it is taken first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import stat
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from esrfs.compaction.outcome import Reason, Verdict
+from esrfs.engine.client import EngineError
+from esrfs.networks.registry import WeightsError
+from esrfs.store.beneath import open_parent
+from esrfs.store.errors import StoreError
+from esrfs.store.examine import may_be_blob
+from esrfs.store.identity import Identity
+from esrfs.store.layout import Store
+from esrfs.upkeep import compact, walk
+from esrfs.upkeep.compact import CompactionUnavailable, Done, Workshop
+
+log = logging.getLogger("esrfs.upkeep")
+
+PAUSED = "paused"
+"""Name of the file in ``.esrfs/`` that stops compaction on every mount."""
+_WALK_SECONDS = 900.0
+_RETRY_SECONDS = 60.0
+_ENGINE_FAILURES = 3
+_REFUSALS_IN_A_ROW = 300
+_LEAST_FREE_SHARE = 0.01
+_LEAST_FREE_BYTES = 256 * 2**20
+
+Emit = Callable[[Done, int, int], bool]
+"""Told each file that is done, how many are, and of how many; False to stop."""
+
+
+def is_paused(store: Store) -> bool:
+    try:
+        os.stat(PAUSED, dir_fd=store.meta_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def pause(store: Store) -> None:
+    """Stop compaction on every mount of the store until :func:`resume`. Raises OSError."""
+    os.close(os.open(PAUSED, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=store.meta_fd))
+    os.fsync(store.meta_fd)
+
+
+def resume(store: Store) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(PAUSED, dir_fd=store.meta_fd)
+
+
+@dataclass
+class _Waiting:
+    identity: Identity
+    due: float
+    """On the monotonic clock."""
+
+
+class Scheduler:
+    """Compacts what is at rest, in a thread of its own once :meth:`start` was called, or when a command asks."""
+
+    def __init__(self, workshop: Workshop, quiet_seconds: float, make_room: Callable[[], None] = lambda: None) -> None:
+        """``make_room`` shortens the undo window when the store's disk is nearly full."""
+        self._workshop = workshop
+        self._store = workshop.store
+        self._quiet = quiet_seconds
+        self._make_room = make_room
+        self._working = threading.Lock()
+        self._changed = threading.Condition(threading.Lock())
+        self._queue: dict[str, _Waiting] = {}
+        self._touched: set[str] = set()
+        self._thread: threading.Thread | None = None
+        self._ending = False
+        self._stopped_because = ""
+        self._engine_failures = 0
+        self._refusals = 0
+        self._next_walk = 0.0
+        self.counts: Counter[str] = Counter()
+
+    # What others tell and ask.
+
+    def touch(self, path: str) -> None:
+        """The file at ``path`` changed, or came by this name; cheap, for the vfs."""
+        with self._changed:
+            self._touched.add(path)
+            self._changed.notify()
+
+    @property
+    def pending(self) -> int:
+        """Files that wait for their quiet time or their turn."""
+        with self._changed:
+            return len(self._queue) + len(self._touched - self._queue.keys())
+
+    @property
+    def state(self) -> str:
+        """``running``, ``paused``, ``off`` (nothing runs on its own), or ``stopped: REASON``."""
+        if self._stopped_because:
+            return f"stopped: {self._stopped_because}"
+        if is_paused(self._store):
+            return "paused"
+        return "off" if self._thread is None else "running"
+
+    def pause(self) -> None:
+        pause(self._store)
+        self._workshop.claims.interrupt_all()
+
+    def resume(self) -> None:
+        """Go on after a pause, or after compaction stopped by itself."""
+        resume(self._store)
+        with self._changed:
+            self._stopped_because = ""
+            self._engine_failures = self._refusals = 0
+            self._next_walk = 0.0
+            self._changed.notify()
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="esrfs-compaction", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Drop the work in progress, save a swap that has begun; returns when nothing of it runs any more."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify()
+        self._workshop.claims.interrupt_all()
+        with self._working:
+            pass
+        if self._thread is not None:
+            self._thread.join()
+
+    # The thread.
+
+    def _run(self) -> None:
+        pause = 0.0
+        while not self._is_ending(after=pause):
+            try:
+                pause = self._step()
+            except Exception:
+                log.exception("compaction met a bug of esrfs; it goes on with other files in a minute")
+                pause = _RETRY_SECONDS
+
+    def _is_ending(self, after: float) -> bool:
+        """Whether to end, asked ``after`` seconds or when there is news."""
+        with self._changed:
+            if not self._ending and after > 0:
+                self._changed.wait(after)
+            return self._ending
+
+    def _step(self) -> float:
+        """Do one thing; the seconds after which there may be another."""
+        now = time.monotonic()
+        if now >= self._next_walk:
+            self._next_walk = now + _WALK_SECONDS
+            self._find_originals()
+        self._note_touched()
+        if self._stopped_because or is_paused(self._store) or not self._workshop.lease_held():
+            return 1.0
+        with self._changed:
+            path, waiting = min(self._queue.items(), key=lambda item: item[1].due, default=("", None))
+        if waiting is None:
+            return max(0.05, self._next_walk - now)
+        if waiting.due > now:
+            return min(waiting.due, self._next_walk) - now
+        self._take_turn(path, waiting)
+        return 0.0
+
+    def _find_originals(self) -> None:
+        """Queue every file that is no blob and has no verdict."""
+        found = 0
+        for each in walk.files(self._store):
+            if self._ending:
+                return
+            if self._looks_open(each.st):
+                self._enqueue(each.path, each.st)
+                found += 1
+        log.debug("a walk of the store found %d files to look at", found)
+
+    def _looks_open(self, st: os.stat_result) -> bool:
+        """Whether this file may have to be compacted."""
+        known = self._workshop.catalog.get(Identity.from_stat(st))
+        if known is not None:
+            return known.state == "original"
+        return st.st_size > 0 or may_be_blob(st)
+
+    def _note_touched(self) -> None:
+        with self._changed:
+            touched, self._touched = self._touched, set()
+        for path in touched:
+            try:
+                with open_parent(self._store.root_fd, path) as (directory, name):
+                    st = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            except OSError:
+                with self._changed:
+                    self._queue.pop(path, None)
+                continue
+            if stat.S_ISDIR(st.st_mode):
+                self._next_walk = 0.0  # a renamed folder: all paths below are new
+            elif stat.S_ISREG(st.st_mode):
+                self._enqueue(path, st)
+
+    def _enqueue(self, path: str, st: os.stat_result) -> None:
+        identity = Identity.from_stat(st)
+        with self._changed:
+            waiting = self._queue.get(path)
+            if waiting is None or waiting.identity != identity:
+                self._queue[path] = _Waiting(identity, time.monotonic() + self._quiet)
+
+    def _take_turn(self, path: str, waiting: _Waiting) -> None:
+        """The file's quiet time is over: if nothing changed meanwhile, it is compacted."""
+        try:
+            with open_parent(self._store.root_fd, path) as (directory, name):
+                st = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        except OSError:
+            self._drop(path, waiting)
+            return
+        if Identity.from_stat(st) != waiting.identity:
+            self._enqueue(path, st)
+            return
+        done = self._compact(path, again=False)
+        if done is None or done.state == "left":
+            with self._changed:
+                if self._queue.get(path) is waiting:
+                    waiting.due = time.monotonic() + max(self._quiet, 1.0 if done else _RETRY_SECONDS)
+        else:
+            self._drop(path, waiting)
+
+    def _drop(self, path: str, waiting: _Waiting) -> None:
+        with self._changed:
+            if self._queue.get(path) is waiting:
+                del self._queue[path]
+
+    # One file.
+
+    def _compact(self, path: str, again: bool) -> Done | None:
+        """Compact one file; None when that failed for a reason that is not the file's."""
+        with self._working:
+            if self._ending or not self._has_room():
+                return None
+            try:
+                done = compact.compact(self._workshop, path, again=again)
+            except (EngineError, TimeoutError) as error:
+                if not self._ending:
+                    self._engine_failed(path, error)
+                return None
+            except OSError as error:
+                self._disk_failed(path, error)
+                return None
+            except (StoreError, WeightsError) as error:
+                self._stop(str(error))
+                return None
+        self._engine_failures = 0
+        self._watch_refusals(done)
+        with self._changed:
+            self.counts[done.state] += 1
+        if done.state != "left":
+            log.info("%s: %s%s", path, done.state, f" ({done.message})" if done.message else "")
+        return done
+
+    def _has_room(self) -> bool:
+        space = os.fstatvfs(self._store.root_fd)
+        least = min(_LEAST_FREE_BYTES, int(space.f_blocks * space.f_frsize * _LEAST_FREE_SHARE))
+        if space.f_bavail * space.f_frsize >= least:
+            return True
+        self._make_room()
+        space = os.fstatvfs(self._store.root_fd)
+        if space.f_bavail * space.f_frsize >= least:
+            return True
+        self._stop("the store's disk is nearly full, and the undo window is as short as it may be")
+        return False
+
+    def _engine_failed(self, path: str, error: Exception) -> None:
+        self._engine_failures += 1
+        log.error("%s: not compacted, the engine failed (%s); the original stays", path, error)
+        if self._engine_failures >= _ENGINE_FAILURES:
+            self._stop(f"the engine failed {self._engine_failures} times in a row")
+
+    def _disk_failed(self, path: str, error: OSError) -> None:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            log.warning("%s: not compacted, no space is left for the blob; the original stays", path)
+            self._make_room()
+            self._stop("no space is left for blobs")
+        else:
+            log.error("%s: not compacted (%s); the original stays", path, error)
+            if error.errno in (errno.EIO, errno.EROFS):
+                self._stop(f"the store's disk failed: {error.strerror}")
+
+    def _watch_refusals(self, done: Done) -> None:
+        if done.state == Verdict.REFUSED and done.reason == Reason.QUALITY:
+            self._refusals += 1
+            if self._refusals >= _REFUSALS_IN_A_ROW:
+                self._stop(f"the gate refused {self._refusals} pictures in a row, which is unusual")
+        elif done.state == Verdict.COMPACTED:
+            self._refusals = 0
+
+    def _stop(self, reason: str) -> None:
+        if not self._stopped_because:
+            self._stopped_because = reason
+            log.error("compaction of %s stops: %s. `esrfs resume` starts it again.", self._store.path, reason)
+
+    # A command.
+
+    def ask(self, paths: Sequence[str], *, now: bool) -> list[str]:
+        """Have files at and below ``paths`` compacted in their turn, ``now`` without their quiet time; which ones.
+
+        Raises OSError for a path that does not exist, CompactionUnavailable.
+        """
+        compact.check_available(self._store)
+        found = [(each.path, each.st) for each in walk.files(self._store, paths) if self._looks_open(each.st)]
+        for path, st in found:
+            self._enqueue(path, st)
+        with self._changed:
+            for path, _ in found:
+                if now and path in self._queue:
+                    self._queue[path].due = 0.0
+            self._changed.notify()
+        return [path for path, _ in found]
+
+    def still_waiting(self, paths: Sequence[str]) -> int:
+        """How many of ``paths`` wait for their turn; 0 while nothing runs that could come to them."""
+        if self.state != "running":
+            return 0
+        with self._changed:
+            return sum(path in self._queue for path in paths)
+
+    def compact_now(self, paths: Sequence[str], emit: Emit) -> Counter[str]:
+        """Compact what is at and below ``paths``, without the quiet time; how many files came to each state.
+
+        A path that names a file is tried again even if an earlier verdict was against it. Raises OSError for a path
+        that does not exist, CompactionUnavailable also where another mount is the compactor, or compaction is paused.
+        """
+        compact.check_available(self._store)
+        if not self._workshop.lease_held():
+            raise CompactionUnavailable(f"{self._store.path}: another mount compacts this store; ask that one")
+        if is_paused(self._store):
+            raise CompactionUnavailable(f"{self._store.path}: compaction is paused; see esrfs resume")
+        found = [each.path for each in walk.files(self._store, paths)]
+        totals: Counter[str] = Counter()
+        for number, path in enumerate(found, 1):
+            if self._ending or is_paused(self._store):
+                break
+            done = self._compact(path, again=path in paths)
+            if done is None:
+                done = Done(path, "failed", message=self._stopped_because or "the log tells why")
+            totals[done.state] += 1
+            if done.state not in ("left", "failed"):
+                with self._changed:
+                    self._queue.pop(path, None)
+            if not emit(done, number, len(found)) or self._stopped_because:
+                break
+        return totals

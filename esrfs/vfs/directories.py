@@ -1,0 +1,56 @@
+"""Descriptors of parent directories, so that every operation is one ``*at()`` call and no symlink leads out of the
+store.
+
+A parent is opened once with openat2(RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS) and kept for a second, as long as the kernel
+keeps a directory entry of the mount; a rename or removal of a directory through this mount forgets at once.
+
+Lock: ``_lock`` protects ``_entries``; no system call that can wait on a disk is made under it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict
+
+from esrfs.store.beneath import beneath
+from esrfs.vfs.descriptor import Descriptor
+
+_LIFE_SECONDS = 1.0
+_MOST = 256
+
+
+class Directories:
+    def __init__(self, root: int) -> None:
+        self._root = Descriptor(root, owned=False)
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[str, tuple[Descriptor, float]] = OrderedDict()
+
+    def parent(self, path: str) -> tuple[Descriptor, str]:
+        """The directory that holds ``path`` (relative to the root) and the last component; ``.`` for the root itself.
+
+        Keep the returned object alive as long as its descriptor is in use. Raises OSError.
+        """
+        head, slash, name = path.rpartition("/")
+        if not slash:
+            return self._root, name or "."
+        now = time.monotonic()
+        with self._lock:
+            entry = self._entries.get(head)
+        if entry is not None and now < entry[1]:
+            return entry[0], name
+        directory = Descriptor(beneath(self._root.number, head, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        with self._lock:
+            self._entries[head] = (directory, now + _LIFE_SECONDS)
+            self._entries.move_to_end(head)
+            if len(self._entries) > _MOST:
+                self._entries.popitem(last=False)
+        return directory, name
+
+    def forget(self, path: str) -> None:
+        """``path`` was renamed or removed: forget it and everything below it."""
+        prefix = path + "/"
+        with self._lock:
+            for key in [key for key in self._entries if key == path or key.startswith(prefix)]:
+                del self._entries[key]

@@ -1,0 +1,593 @@
+"""The operations of the mounted filesystem, on paths relative to the store's root (``str`` with surrogateescape, ""
+is the root) and on handle numbers.
+
+Plain files pass through to the store's filesystem; a blob is shown as its photograph. Every operation raises OSError
+with the errno that the program shall see.
+
+Using a file follows one order, so that compaction never swaps it under a program (see ``upkeep/claims.py``): open it,
+enter the handle in the table, enter the claim; after waiting for a swap, start over by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from esrfs.cache import ViewCache
+from esrfs.engine.client import Engine
+from esrfs.engine.protocol import Lane
+from esrfs.store import linux, swap
+from esrfs.store.beneath import beneath
+from esrfs.store.examine import examine, may_be_blob, recipe_of
+from esrfs.store.identity import Identity
+from esrfs.store.layout import RESERVED, Store
+from esrfs.upkeep.claims import Claims
+from esrfs.vfs import native, xattrs
+from esrfs.vfs.attributes import Attributes
+from esrfs.vfs.descriptor import Descriptor
+from esrfs.vfs.directories import Directories
+from esrfs.vfs.handles import Handle, Handles
+from esrfs.vfs.view import Content, View, Waits
+
+log = logging.getLogger("esrfs.vfs")
+
+_PASSED_TO_STORE = os.O_ACCMODE | os.O_APPEND | os.O_DSYNC | os.O_SYNC
+"""O_DIRECT would demand aligned buffers, O_NOATIME the owner's rights; both are between program and mount."""
+_ALWAYS = os.O_NOFOLLOW | os.O_CLOEXEC
+_TRIES = 16
+_DEFAULT_ACL = "system.posix_acl_default"
+_SHARE_OF_THREADS_THAT_MAY_WAIT = 0.75
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks, for what is created."""
+
+    uid: int
+    gid: int
+    umask: int
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A handle, and how the kernel may cache its reads."""
+
+    number: int
+    keep_cache: bool
+    direct_io: bool
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A directory entry, with attributes where they were asked for."""
+
+    name: str
+    attributes: os.stat_result | None
+    size: int
+    inode: int
+    kind: int
+    """File type bits of st_mode."""
+
+
+class Filesystem:
+    def __init__(
+        self,
+        store: Store,
+        engine: Engine,
+        cache: ViewCache,
+        claims: Claims,
+        *,
+        on_change: Callable[[str], None] = lambda path: None,
+        explain: Callable[[str], dict[str, object]] | None = None,
+        wait_seconds: float = 120.0,
+        threads: int = 1024,
+    ) -> None:
+        """``on_change`` is told each path whose file came to rest after a change; ``explain`` answers ``user.esrfs.*``;
+        ``threads`` is how many callbacks can run at once: three quarters of them may wait for reconstructions."""
+        self.store = store
+        self._engine = engine
+        self.cache = cache
+        self.claims = claims
+        self._on_change = on_change
+        self._explain = explain
+        self.handles = Handles()
+        claims.is_open = self.handles.is_open
+        self._directories = Directories(store.root_fd)
+        self.attributes = Attributes(store)
+        self.waits = Waits(int(threads * _SHARE_OF_THREADS_THAT_MAY_WAIT), wait_seconds)
+        self._gives_away = os.geteuid() == 0
+
+    # Names.
+
+    @staticmethod
+    def _visible(path: str) -> str:
+        """``path``, unless it lies in the reserved directory. Raises ENOENT."""
+        if path.startswith(RESERVED) and (len(path) == len(RESERVED) or path[len(RESERVED)] == "/"):
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return path
+
+    @staticmethod
+    def _creatable(path: str) -> str:
+        if path.startswith(RESERVED) and (len(path) == len(RESERVED) or path[len(RESERVED)] == "/"):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        return path
+
+    def stat(self, path: str) -> tuple[os.stat_result, int]:
+        """lstat, and the size that the view shows."""
+        directory, name = self._directories.parent(self._visible(path))
+        st = os.stat(name, dir_fd=directory.number, follow_symlinks=False)
+        return st, self.attributes.size(directory.number, name, st)
+
+    def stat_handle(self, number: int) -> tuple[os.stat_result, int]:
+        handle = self.handles.get(number)
+        st = os.fstat(handle.descriptor)
+        view = handle.file.view
+        return st, st.st_size if view is None else view.size
+
+    def readlink(self, path: str) -> str:
+        directory, name = self._directories.parent(self._visible(path))
+        return os.readlink(name, dir_fd=directory.number)
+
+    def mknod(self, path: str, mode: int, device: int, caller: Caller) -> None:
+        directory, name = self._directories.parent(self._creatable(path))
+        os.mknod(name, self._mode(directory.number, mode, caller), device, dir_fd=directory.number)
+        self._give(directory.number, name, mode, caller)
+
+    def mkdir(self, path: str, mode: int, caller: Caller) -> None:
+        directory, name = self._directories.parent(self._creatable(path))
+        os.mkdir(name, self._mode(directory.number, mode, caller), dir_fd=directory.number)
+        self._give(directory.number, name, 0, caller)
+
+    def symlink(self, target: str, path: str, caller: Caller) -> None:
+        directory, name = self._directories.parent(self._creatable(path))
+        os.symlink(target, name, dir_fd=directory.number)
+        self._give(directory.number, name, 0, caller)
+
+    def _mode(self, directory: int, mode: int, caller: Caller) -> int:
+        """``mode`` less the umask, which does not count where the parent has a default ACL (the store applies that)."""
+        try:
+            os.getxattr(f"/proc/self/fd/{directory}", _DEFAULT_ACL)
+        except OSError:
+            return mode & ~caller.umask
+        return mode
+
+    def _give(self, directory: int, name: str, mode: int, caller: Caller) -> None:
+        """A mount run by root creates in the caller's name; the group stays where the parent's set-group-id bit gave
+        it."""
+        if not self._gives_away or (caller.uid == 0 and caller.gid == 0):
+            return
+        inherits = os.fstat(directory).st_mode & stat.S_ISGID
+        os.chown(name, caller.uid, -1 if inherits else caller.gid, dir_fd=directory, follow_symlinks=False)
+        if mode & (stat.S_ISUID | stat.S_ISGID):  # chown clears them
+            os.chmod(name, stat.S_IMODE(mode), dir_fd=directory)
+
+    def unlink(self, path: str) -> None:
+        directory, name = self._directories.parent(self._visible(path))
+        view_key = self._view_key(directory.number, name)
+        os.unlink(name, dir_fd=directory.number)
+        self.handles.removed(path)
+        if view_key is not None:
+            self.cache.drop(view_key)
+
+    def _view_key(self, directory: int, name: str) -> str | None:
+        """The cache key of the photograph whose last name this is; None for anything else."""
+        try:
+            st = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            if st.st_nlink > 1 or not may_be_blob(st):
+                return None
+            descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | _ALWAYS, dir_fd=directory)
+        except OSError:
+            return None
+        try:
+            st = os.fstat(descriptor)
+            blob = examine(self.store, descriptor, st)
+            recipe = None if blob is None else recipe_of(descriptor, st, blob)
+            return None if recipe is None else recipe.sha256_view.hex()
+        except (OSError, ValueError):
+            return None  # a damaged blob is deleted all the same
+        finally:
+            os.close(descriptor)
+
+    def rmdir(self, path: str) -> None:
+        directory, name = self._directories.parent(self._visible(path))
+        os.rmdir(name, dir_fd=directory.number)
+        self._directories.forget(path)
+
+    def rename(self, old: str, new: str, flags: int) -> None:
+        """renameat2 with its flags: none, RENAME_NOREPLACE or RENAME_EXCHANGE."""
+        from_directory, from_name = self._directories.parent(self._visible(old))
+        to_directory, to_name = self._directories.parent(self._creatable(new))
+        moves = os.stat(from_name, dir_fd=from_directory.number, follow_symlinks=False)
+        exchanged = bool(flags & linux.RENAME_EXCHANGE)
+        is_directory = stat.S_ISDIR(moves.st_mode) or exchanged
+        replaced_view = None
+        if flags == 0:
+            replaced_view = self._view_key(to_directory.number, to_name)
+            os.rename(from_name, to_name, src_dir_fd=from_directory.number, dst_dir_fd=to_directory.number)
+        else:
+            linux.renameat2(from_directory.number, from_name, to_directory.number, to_name, flags)
+        if is_directory:
+            self._directories.forget(old)
+            self._directories.forget(new)
+        self.handles.renamed(old, new, exchanged=exchanged, directory=is_directory)
+        if replaced_view is not None:
+            self.cache.drop(replaced_view)
+        self._on_change(new)
+        if exchanged:
+            self._on_change(old)
+
+    def link(self, existing: str, new: str) -> None:
+        from_directory, from_name = self._directories.parent(self._visible(existing))
+        to_directory, to_name = self._directories.parent(self._creatable(new))
+        os.link(
+            from_name,
+            to_name,
+            src_dir_fd=from_directory.number,
+            dst_dir_fd=to_directory.number,
+            follow_symlinks=False,
+        )
+
+    # Attributes.
+
+    def chmod(self, path: str, mode: int) -> None:
+        directory, name = self._directories.parent(self._visible(path))
+        os.chmod(name, mode, dir_fd=directory.number)
+
+    def chmod_handle(self, number: int, mode: int) -> None:
+        os.fchmod(self.handles.get(number).descriptor, mode)
+
+    def chown(self, path: str, uid: int, gid: int) -> None:
+        directory, name = self._directories.parent(self._visible(path))
+        os.chown(name, uid, gid, dir_fd=directory.number, follow_symlinks=False)
+
+    def chown_handle(self, number: int, uid: int, gid: int) -> None:
+        os.fchown(self.handles.get(number).descriptor, uid, gid)
+
+    def utimens(self, path: str, timespecs: int | None) -> None:
+        """``timespecs``: address of two ``struct timespec`` as they came, with UTIME_NOW and UTIME_OMIT; None for
+        now."""
+        directory, name = self._directories.parent(self._visible(path))
+        native.utimens_at(directory.number, name, timespecs)
+
+    def utimens_handle(self, number: int, timespecs: int | None) -> None:
+        native.futimens(self.handles.get(number).descriptor, timespecs)
+
+    def truncate(self, path: str, length: int) -> None:
+        opened = self.open(path, os.O_WRONLY | (os.O_TRUNC if length == 0 else 0))
+        try:
+            if length:
+                self.truncate_handle(opened.number, length)
+        finally:
+            self.release(opened.number)
+
+    def truncate_handle(self, number: int, length: int) -> None:
+        handle = self.handles.get(number)
+        self._begin_change(handle)
+        os.ftruncate(handle.descriptor, length)
+
+    def statfs(self) -> os.statvfs_result:
+        return os.fstatvfs(self.store.root_fd)
+
+    # Extended attributes.
+
+    def getxattr(self, path: str, name: str) -> bytes:
+        self._visible(path)
+        if xattrs.is_ours(name):
+            if self._explain is None:
+                raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+            return xattrs.value(name, self._explain(path))
+        directory, last = self._directories.parent(path)
+        return os.getxattr(f"/proc/self/fd/{directory.number}/{last}", name, follow_symlinks=False)
+
+    def setxattr(self, path: str, name: str, value: bytes, flags: int) -> None:
+        if xattrs.is_ours(name):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        directory, last = self._directories.parent(self._visible(path))
+        os.setxattr(f"/proc/self/fd/{directory.number}/{last}", name, value, flags, follow_symlinks=False)
+
+    def listxattr(self, path: str) -> list[str]:
+        directory, last = self._directories.parent(self._visible(path))
+        return os.listxattr(f"/proc/self/fd/{directory.number}/{last}", follow_symlinks=False)
+
+    def removexattr(self, path: str, name: str) -> None:
+        if xattrs.is_ours(name):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        directory, last = self._directories.parent(self._visible(path))
+        os.removexattr(f"/proc/self/fd/{directory.number}/{last}", name, follow_symlinks=False)
+
+    # Directories.
+
+    def opendir(self, path: str) -> int:
+        return self.handles.add_directory(
+            beneath(self.store.root_fd, self._visible(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        )
+
+    def readdir(self, number: int, with_attributes: bool) -> Iterator[Entry]:
+        """All entries but ``.`` and ``..``; the reserved directory is left out of the root's."""
+        descriptor = self.handles.directory(number)
+        at_root = os.path.sameopenfile(descriptor, self.store.root_fd)
+        with os.scandir(descriptor) as entries:
+            for entry in entries:
+                if at_root and entry.name == RESERVED:
+                    continue
+                attributes, size = None, 0
+                if with_attributes:
+                    try:
+                        attributes = os.stat(entry.name, dir_fd=descriptor, follow_symlinks=False)
+                    except OSError:
+                        continue  # removed since
+                    size = self.attributes.size(descriptor, entry.name, attributes)
+                yield Entry(entry.name, attributes, size, entry.inode(), _kind(entry))
+
+    def releasedir(self, number: int) -> None:
+        self.handles.remove_directory(number)
+
+    def fsyncdir(self, number: int) -> None:
+        os.fsync(self.handles.directory(number))
+
+    # Files.
+
+    def create(self, path: str, flags: int, mode: int, caller: Caller) -> Opened:
+        directory, name = self._directories.parent(self._creatable(path))
+        create_flags = (flags & _PASSED_TO_STORE) | os.O_CREAT | os.O_EXCL | _ALWAYS
+        try:
+            descriptor = os.open(
+                name, create_flags, self._mode(directory.number, mode, caller), dir_fd=directory.number
+            )
+        except FileExistsError:
+            if flags & os.O_EXCL:
+                raise
+            return self.open(path, flags)
+        try:
+            if self._gives_away:
+                self._give(directory.number, name, mode, caller)
+            st = os.fstat(descriptor)
+            handle = self.handles.add((st.st_dev, st.st_ino), path, descriptor, _is_writable(flags), None)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        handle.written = True
+        self.handles.admit(handle, path, Identity.from_stat(st))
+        return Opened(handle.number, keep_cache=False, direct_io=False)
+
+    def open(self, path: str, flags: int) -> Opened:
+        self._visible(path)
+        for _ in range(_TRIES):
+            handle = self._open_once(path, flags)
+            if handle is not None:
+                break
+        else:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        try:
+            if handle.writable:
+                self._prepare_for_writing(handle, flags)
+            return self._admit(handle, path)
+        except BaseException:
+            self.handles.remove(handle.number)
+            raise
+
+    def _open_once(self, path: str, flags: int) -> Handle | None:
+        """A handle in the table; None when the name came to mean another file meanwhile, so that it has to be tried
+        again."""
+        directory, name = self._directories.parent(path)
+        descriptor, view = self._open_as_view(directory.number, name, path)
+        if descriptor is None:
+            descriptor = os.open(name, (flags & _PASSED_TO_STORE) | _ALWAYS, dir_fd=directory.number)
+        try:
+            st = os.fstat(descriptor)
+            handle = self.handles.add((st.st_dev, st.st_ino), path, descriptor, _is_writable(flags), view)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        claimed = self.claims.enter(handle.file.key)
+        turned_plain = view is not None and handle.file.view is None
+        in_doubt = claimed or view is not None or handle.writable
+        if turned_plain or (in_doubt and not self._is_still(directory.number, name, st)):
+            self.handles.remove(handle.number)
+            return None
+        return handle
+
+    @staticmethod
+    def _is_still(directory: int, name: str, st: os.stat_result) -> bool:
+        return os.path.samestat(st, os.stat(name, dir_fd=directory, follow_symlinks=False))
+
+    def _open_as_view(self, directory: int, name: str, path: str) -> tuple[int | None, View | None]:
+        """Open a blob for reading, however the program asked: a blob itself is never written to. (None, None) if it
+        is none."""
+        st = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        if not may_be_blob(st):
+            return None, None
+        known = self.handles.file((st.st_dev, st.st_ino))
+        if known is not None and known.view is None:
+            return None, None  # it is being written: no blob, whatever its last bytes look like just now
+        try:
+            descriptor = os.open(name, os.O_RDONLY | _ALWAYS, dir_fd=directory)
+        except PermissionError:
+            return None, None
+        try:
+            view = self._view_of(descriptor, os.fstat(descriptor), path)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if view is None:
+            os.close(descriptor)
+            return None, None
+        return descriptor, view
+
+    def _view_of(self, descriptor: int, st: os.stat_result, path: str) -> View | None:
+        blob = examine(self.store, descriptor, st)
+        if blob is None:
+            return None
+        try:
+            recipe = recipe_of(descriptor, st, blob)
+        except ValueError as error:
+            log.error("%s: its blob is damaged (%s); reading it fails with EIO. Try `esrfs restore`.", path, error)
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
+        if recipe is None:
+            return None
+        self.attributes.remember(Identity.from_stat(st), recipe.original_size)
+        return View(Descriptor(os.dup(descriptor)), recipe, self._engine, self.cache, self.waits)
+
+    def _prepare_for_writing(self, handle: Handle, flags: int) -> None:
+        """So that errors come from open: O_TRUNC makes a plain file at once, else the view is rebuilt now."""
+        if flags & os.O_TRUNC:
+            self._begin_change(handle, keep_content=False)
+            os.ftruncate(handle.descriptor, 0)
+        elif handle.file.view is not None:
+            self._content(handle, handle.file.view)
+
+    def _admit(self, handle: Handle, path: str) -> Opened:
+        view = handle.file.view
+        identity: object = Identity.from_stat(os.fstat(handle.descriptor))
+        if view is not None:
+            content = view.look_in_cache()
+            if content is None:
+                # Until it is rebuilt: the kernel's read-ahead must not ask for pixels that the program never reads.
+                return Opened(handle.number, keep_cache=False, direct_io=True)
+            identity = (identity, content.sha256)
+        keep, direct = self.handles.admit(handle, path, identity)
+        return Opened(handle.number, keep_cache=keep, direct_io=direct)
+
+    def read_into(self, number: int, address: int, size: int, offset: int) -> int:
+        """Read up to ``size`` bytes at ``offset`` to memory at ``address``; the number of bytes, 0 at the end."""
+        handle = self.handles.get(number)
+        view = handle.file.view
+        if view is None:
+            return native.pread_into(handle.descriptor, address, size, offset)
+        count = view.read_into(address, size, offset)
+        if count is not None:
+            return count
+        content = self._content(handle, view)
+        return native.pread_into(content.descriptor.number, address, size, offset)
+
+    def _content(self, handle: Handle, view: View) -> Content:
+        """The rebuilt view; waits for it. Raises OSError(EIO)."""
+        content = view.content or view.look_in_cache()
+        if content is not None:
+            return content
+        ticket = handle.ticket
+        if ticket is None:
+            ticket = handle.ticket = view.order(Lane.INTERACTIVE)
+        try:
+            return view.wait(ticket, handle.file.path)
+        except OSError:
+            handle.ticket = None
+            ticket.release()
+            raise
+
+    def write_from(self, number: int, address: int, size: int, offset: int) -> int:
+        handle = self.handles.get(number)
+        if not handle.written or handle.file.view is not None:
+            self._begin_change(handle)
+        return native.pwrite_from(handle.descriptor, address, size, offset)
+
+    def fallocate(self, number: int, mode: int, offset: int, length: int) -> None:
+        handle = self.handles.get(number)
+        self._begin_change(handle)
+        native.fallocate(handle.descriptor, mode, offset, length)
+
+    def _begin_change(self, handle: Handle, keep_content: bool = True) -> None:
+        """Make sure that the handle's file is a plain file, and that its coming to rest is noticed."""
+        handle.written = True
+        file = handle.file
+        view = file.view
+        if view is None:
+            return
+        content = self._content(handle, view) if keep_content else None
+        with file.changing:
+            if file.view is not view:  # another handle was first
+                return
+
+            def write_view(descriptor: int) -> None:
+                if content is not None:
+                    _copy(content.descriptor.number, descriptor)
+
+            plain = swap.materialise(self.store, None if file.removed else file.path, handle.descriptor, write_view)
+            try:
+                st = os.fstat(plain)
+                for each in list(file.handles):
+                    os.dup2(plain, each.descriptor, inheritable=False)
+            finally:
+                os.close(plain)
+            self.handles.rekey(file, (st.st_dev, st.st_ino))
+            file.view = None
+
+    def lseek(self, number: int, offset: int, whence: int) -> int:
+        """SEEK_DATA and SEEK_HOLE: a view is all data."""
+        handle = self.handles.get(number)
+        view = handle.file.view
+        if view is None:
+            return os.lseek(handle.descriptor, offset, whence)
+        if offset >= view.size or offset < 0:
+            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+        return offset if whence == os.SEEK_DATA else view.size
+
+    def flush(self, number: int) -> None:
+        """A program closes a descriptor, or died: what only it waited for is no longer urgent. Reports late write
+        errors."""
+        handle = self.handles.get(number)
+        if handle.ticket is not None:
+            handle.ticket.demote()
+        if handle.writable and handle.file.view is None:
+            os.close(os.dup(handle.descriptor))  # NFS and quotas report from close
+
+    def fsync(self, number: int, data_only: bool) -> None:
+        handle = self.handles.get(number)
+        if handle.file.view is not None:
+            return  # a blob is durable before it takes a name
+        (os.fdatasync if data_only else os.fsync)(handle.descriptor)
+
+    def release(self, number: int) -> None:
+        handle = self.handles.remove(number)
+        if handle.written and not handle.file.handles and not handle.file.removed:
+            self._on_change(handle.file.path)
+
+    # The mount's end.
+
+    def warm(self, path: str) -> None:
+        """Have the view of the blob at ``path`` in the cache; waits behind readers. Raises OSError."""
+        opened = self.open(path, os.O_RDONLY)
+        try:
+            handle = self.handles.get(opened.number)
+            view = handle.file.view
+            if view is not None and view.content is None:
+                handle.ticket = view.order(Lane.READ_AHEAD)
+                self._content(handle, view)
+        finally:
+            self.release(opened.number)
+
+    def fail_waiting_reads(self) -> None:
+        """Let nobody wait any longer: the mount ends."""
+        self.waits.ending = True
+        self._engine.close()
+
+
+def _is_writable(flags: int) -> bool:
+    return (flags & os.O_ACCMODE) != os.O_RDONLY
+
+
+def _kind(entry: os.DirEntry[str]) -> int:
+    if entry.is_symlink():
+        return stat.S_IFLNK
+    if entry.is_dir(follow_symlinks=False):
+        return stat.S_IFDIR
+    if entry.is_file(follow_symlinks=False):
+        return stat.S_IFREG
+    with contextlib.suppress(OSError):
+        return stat.S_IFMT(entry.stat(follow_symlinks=False).st_mode)
+    return 0
+
+
+def _copy(source: int, target: int) -> None:
+    """The whole content of ``source`` to ``target``, from offset 0."""
+    offset, size = 0, os.fstat(source).st_size
+    while offset < size:
+        count = os.sendfile(target, source, offset, size - offset)
+        if count == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        offset += count

@@ -1,0 +1,210 @@
+"""Open files and directories, and whose bytes the kernel caches for a path.
+
+A handle follows the inode, not the path (editors rename files that are still open). All handles of one inode share an
+:class:`OpenFile`, so that they turn together when a blob becomes a plain file.
+
+Lock order: ``OpenFile.changing`` (held while a blob becomes a plain file, which writes to the disk), then
+``Handles._lock`` (dictionaries only, never held across a system call that waits).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from esrfs.engine.client import Rebuilt, Ticket
+from esrfs.vfs.view import View
+
+Key = tuple[int, int]
+"""(st_dev, st_ino)"""
+
+_MOST_PATHS = 50_000
+
+
+@dataclass(eq=False)
+class OpenFile:
+    """One inode that is open in this mount."""
+
+    key: Key
+    path: str
+    """Where it was last known to be, relative to the store; follows renames through this mount."""
+    view: View | None
+    """Set while the file is a blob; None for a plain file."""
+    handles: set[Handle] = field(default_factory=set)
+    changing: threading.Lock = field(default_factory=threading.Lock)
+    removed: bool = False
+    """Its last known name was removed through this mount."""
+
+
+@dataclass(eq=False)
+class Handle:
+    number: int
+    file: OpenFile
+    descriptor: int
+    """Of the store's file. When a blob becomes a plain file, this very number is made to mean the new one (dup2)."""
+    writable: bool
+    pages: Pages | None = None
+    """Set when this handle's reads go through the kernel's page cache."""
+    ticket: Ticket[Rebuilt] | None = None
+    written: bool = False
+
+
+@dataclass(eq=False)
+class Pages:
+    """Whose bytes the kernel's page cache holds for a path (each path has pages of its own in FUSE's high-level
+    API)."""
+
+    identity: object
+    file: OpenFile | None
+    opens: int
+
+
+class Handles:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._handles: dict[int, Handle] = {}
+        self._files: dict[Key, OpenFile] = {}
+        self._pages: OrderedDict[str, Pages] = OrderedDict()
+        self._directories: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def get(self, number: int) -> Handle:
+        return self._handles[number]
+
+    def is_open(self, key: Key) -> bool:
+        return key in self._files
+
+    def file(self, key: Key) -> OpenFile | None:
+        return self._files.get(key)
+
+    def add(self, key: Key, path: str, descriptor: int, writable: bool, view: View | None) -> Handle:
+        """A new handle; joins the open file of this inode if there is one, and then ``view`` is not used."""
+        with self._lock:
+            file = self._files.get(key)
+            if file is None:
+                file = self._files[key] = OpenFile(key, path, view)
+            else:
+                file.path, file.removed = path, False
+            handle = Handle(next(self._numbers), file, descriptor, writable)
+            file.handles.add(handle)
+            self._handles[handle.number] = handle
+        return handle
+
+    def remove(self, number: int) -> Handle:
+        """Forget a handle and close what it alone held; the handle, for what is left to do."""
+        with self._lock:
+            handle = self._handles.pop(number)
+            file = handle.file
+            file.handles.discard(handle)
+            if not file.handles and self._files.get(file.key) is file:
+                del self._files[file.key]
+            if handle.pages is not None:
+                handle.pages.opens -= 1
+                if handle.pages.opens == 0:
+                    handle.pages.file = None
+        if handle.ticket is not None:
+            handle.ticket.release()
+        os.close(handle.descriptor)
+        return handle
+
+    def rekey(self, file: OpenFile, key: Key) -> None:
+        """The file's content lives in another inode now."""
+        with self._lock:
+            if self._files.get(file.key) is file:
+                del self._files[file.key]
+            file.key = key
+            self._files[key] = file
+
+    def all_files(self) -> list[OpenFile]:
+        with self._lock:
+            return list(self._files.values())
+
+    # Whose pages the kernel holds.
+
+    def admit(self, handle: Handle, path: str, identity: object) -> tuple[bool, bool]:
+        """Decide how the kernel may cache this open: (keep what it holds, bypass the cache).
+
+        ``identity`` names the very bytes that will be served. The kernel drops a path's pages at each open that may
+        not keep them. An open of other bytes, while a file's pages are in use, bypasses the cache: nobody reads a
+        mixture.
+        """
+        with self._lock:
+            pages = self._pages.get(path)
+            if pages is None:
+                pages = self._pages[path] = Pages(identity, handle.file, 0)
+                keep = False
+                self._drop_oldest()
+            elif pages.opens > 0:
+                if pages.file is not handle.file:
+                    return False, True
+                keep = True
+            else:
+                keep = pages.identity == identity
+                pages.identity = identity
+                pages.file = handle.file
+            self._pages.move_to_end(path)
+            pages.opens += 1
+            handle.pages = pages
+            return keep, False
+
+    def _drop_oldest(self) -> None:
+        if len(self._pages) > _MOST_PATHS:
+            path, pages = next(iter(self._pages.items()))
+            if pages.opens == 0:
+                del self._pages[path]
+            else:
+                self._pages.move_to_end(path)
+
+    # Names.
+
+    def renamed(self, old: str, new: str, *, exchanged: bool, directory: bool) -> None:
+        """Follow a rename through this mount; ``directory`` if either may be one, so that all below moves too."""
+        with self._lock:
+            moved = self._take(old, directory)
+            replaced = self._take(new, directory)
+            for path, pages in moved.items():
+                self._pages[new + path[len(old) :]] = pages
+            if exchanged:
+                for path, pages in replaced.items():
+                    self._pages[old + path[len(new) :]] = pages
+            for file in self._files.values():
+                if file.path == old or file.path.startswith(old + "/"):
+                    file.path = new + file.path[len(old) :]
+                elif file.path == new or file.path.startswith(new + "/"):
+                    if exchanged:
+                        file.path = old + file.path[len(new) :]
+                    else:
+                        file.removed = True
+
+    def removed(self, path: str) -> None:
+        """Follow an unlink through this mount."""
+        with self._lock:
+            self._pages.pop(path, None)
+            for file in self._files.values():
+                if file.path == path:
+                    file.removed = True
+
+    def _take(self, path: str, directory: bool) -> dict[str, Pages]:
+        names = [path] if path in self._pages else []
+        if directory:
+            names += [key for key in self._pages if key.startswith(path + "/")]
+        return {name: self._pages.pop(name) for name in names}
+
+    # Directories.
+
+    def add_directory(self, descriptor: int) -> int:
+        number = next(self._numbers)
+        self._directories[number] = descriptor
+        return number
+
+    def directory(self, number: int) -> int:
+        return self._directories[number]
+
+    def remove_directory(self, number: int) -> None:
+        os.close(self._directories.pop(number))

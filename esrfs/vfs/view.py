@@ -1,0 +1,186 @@
+"""One blob, read as its photograph.
+
+Everything before and after the scan comes from the recipe, without the engine (DESIGN 3.5). The rest waits for one
+reconstruction, whose result is a descriptor (of the cache's file, or of memory) that stays as it is until the last
+handle of the file is released: a program never sees bytes of two reconstructions.
+
+Locks: ``View._lock`` protects ``_content``; nothing is waited for under it. ``Waits`` counts callbacks that wait.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from esrfs.blob.container import BlobDamaged, NotABlob, unpack
+from esrfs.blob.recipe import Literal, Recipe, Span, length
+from esrfs.cache import Hit, ViewCache
+from esrfs.engine.client import Engine, EngineError, Rebuilt, Ticket
+from esrfs.engine.protocol import Lane
+from esrfs.vfs import native
+from esrfs.vfs.descriptor import Descriptor
+
+log = logging.getLogger("esrfs.vfs")
+
+
+class Waits:
+    """A bound on callbacks that wait, so that threads remain for everything else."""
+
+    def __init__(self, most: int, seconds: float) -> None:
+        """At most ``most`` callbacks wait at once, none longer than ``seconds``."""
+        self._lock = threading.Lock()  # protects count
+        self.count = 0
+        self.most = most
+        self.seconds = seconds
+        self.ending = False
+
+    @contextlib.contextmanager
+    def slot(self, path: str) -> Iterator[None]:
+        """Raises OSError(EIO) when too many wait, or the mount ends."""
+        with self._lock:
+            full = self.count >= self.most
+            if not full and not self.ending:
+                self.count += 1
+        if full or self.ending:
+            if full:
+                log.error("%s: %d reads wait for reconstructions already; this one fails with EIO", path, self.most)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.count -= 1
+
+
+class _Spans:
+    """Random access to a list of spans."""
+
+    def __init__(self, spans: list[Span]) -> None:
+        self._spans = spans
+        self._starts = [0]
+        for span in spans:
+            self._starts.append(self._starts[-1] + length([span]))
+
+    def read(self, offset: int, size: int) -> bytes:
+        parts = []
+        index = bisect.bisect_right(self._starts, offset) - 1
+        while size > 0 and index < len(self._spans):
+            span = self._spans[index]
+            start = offset - self._starts[index]
+            count = min(size, self._starts[index + 1] - offset)
+            parts.append(span.data[start : start + count] if isinstance(span, Literal) else bytes([span.value]) * count)
+            offset += count
+            size -= count
+            index += 1
+        return b"".join(parts)
+
+
+@dataclass(frozen=True)
+class Content:
+    """A whole view as a descriptor, and the sha256 (hex) of just these bytes."""
+
+    descriptor: Descriptor
+    sha256: str
+
+
+class View:
+    """A blob that is open; shared by all handles of its file."""
+
+    def __init__(self, blob: Descriptor, recipe: Recipe, engine: Engine, cache: ViewCache, waits: Waits) -> None:
+        self.recipe = recipe
+        self.size = recipe.original_size
+        self.key = recipe.sha256_view.hex()
+        self._blob = blob
+        self._engine = engine
+        self._cache = cache
+        self._waits = waits
+        self._head = _Spans(recipe.prefix)
+        self._head_end = length(recipe.prefix)
+        self._tail = _Spans(recipe.suffix)
+        self._tail_start = self._head_end + recipe.scan_length
+        self._lock = threading.Lock()
+        self._content: Content | None = None
+
+    @property
+    def content(self) -> Content | None:
+        """The rebuilt view, if it is there."""
+        return self._content
+
+    def look_in_cache(self) -> Content | None:
+        """Take the view from the cache, if it is there and was not taken before."""
+        if self._content is None:
+            hit = self._cache.get(self.key)
+            if hit is not None:
+                self._install(hit)
+        return self._content
+
+    def _install(self, hit: Hit) -> Content:
+        content = Content(Descriptor(hit.descriptor), hit.sha256)
+        with self._lock:
+            if self._content is None:
+                self._content = content
+            return self._content
+
+    def _load(self) -> tuple[bytes, bytes]:
+        size = os.fstat(self._blob.number).st_size
+        blob = unpack(os.pread(self._blob.number, size, 0))
+        return blob.recipe_bytes, blob.avif
+
+    def order(self, lane: Lane) -> Ticket[Rebuilt]:
+        """Ask for the reconstruction; one runs however many ask."""
+        return self._engine.rebuild(self.recipe.sha256_view, self._load, lane)
+
+    def wait(self, ticket: Ticket[Rebuilt], path: str) -> Content:
+        """Wait for the reconstruction. Raises OSError(EIO) if it fails, is out of time, or the mount ends."""
+        if self._content is not None:
+            return self._content
+        try:
+            with self._waits.slot(path):
+                rebuilt = ticket.wait(self._waits.seconds)
+        except TimeoutError:
+            log.error(
+                "%s: not rebuilt within %.0f s; the read fails with EIO. The blob is untouched.",
+                path,
+                self._waits.seconds,
+            )
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from None
+        except (EngineError, BlobDamaged, NotABlob) as error:
+            if not self._waits.ending:
+                log.error("%s: could not be rebuilt (%s); the read fails with EIO. The blob is untouched.", path, error)
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
+        if len(rebuilt.view) != self.size:
+            log.error(
+                "%s: rebuilt to %d bytes instead of %d; the read fails with EIO", path, len(rebuilt.view), self.size
+            )
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        other = self.content  # of another waiter for the same reconstruction
+        return other if other is not None else self._install(self._cache.put(self.key, rebuilt.view))
+
+    def known(self, offset: int, size: int) -> bytes | None:
+        """The bytes from ``offset``, if the recipe alone tells them; None if the scan is needed."""
+        end = min(offset + size, self.size)
+        if offset >= end:
+            return b""
+        if end <= self._head_end:
+            return self._head.read(offset, end - offset)
+        if offset >= self._tail_start:
+            return self._tail.read(offset - self._tail_start, end - offset)
+        return None
+
+    def read_into(self, address: int, size: int, offset: int) -> int | None:
+        """Read to memory at ``address``; the number of bytes, or None if the reconstruction is needed first."""
+        content = self._content
+        if content is not None:
+            return native.pread_into(content.descriptor.number, address, size, offset)
+        data = self.known(offset, size)
+        if data is None:
+            return None
+        ctypes.memmove(address, data, len(data))
+        return len(data)
