@@ -370,7 +370,7 @@ class _Work:
             _log.warning("%s: can't be taken back yet (%s); the next mount does it", self.request.path, error)
 
     def _take_back(self, holding: int, held: str) -> None:
-        """The original gets its name again, unless somebody took or deleted that; staging then holds the blob, or nothing."""
+        """The original gets its name again, unless somebody took or deleted that."""
         request, store, intent = self.request, self.request.store, self.intent
         meanwhile = metadata.snapshot(self.blob_fd)
         taken = exchange.take_back(holding, held, request.directory, request.name, os.fstat(self.blob_fd))
@@ -662,7 +662,12 @@ def _overwrite(work: _PlainWork, path: str | None, before: Metadata) -> int:
     with _closing_on_error(fd):
         blob = _read_all(fd)
         size = os.fstat(work.fd).st_size
-        linux.reserve(fd, size)
+        try:
+            linux.reserve(fd, size)
+        except OSError:
+            os.ftruncate(fd, len(blob))  # lets go of what could be reserved
+            metadata.apply(fd, before)
+            raise
         intent = _intend_plain(work, path, 0, in_place=True)
         faults.reach("plain.intended")
         work.pending = True
