@@ -217,13 +217,13 @@ def test_demote_and_promote(make_engine: MakeEngine, tmp_path: Path) -> None:
     notes = tmp_path / "notes"
     blocker = [order(engine, f"work {notes} .3") for _ in range(2)]
     key = b"shared"
-    first = order(engine, f"work {notes} .05", key=key)
+    first = order(engine, f"work {notes} .3", key=key)
     other = order(engine, f"work {notes} .05")
     first.demote()
     for ticket in [*blocker, other, first]:
         ticket.wait()
     lines = notes.read_text().split("\n")
-    assert lines.index("begin 4") < lines.index("begin 3")
+    assert lines.index("end 4") < lines.index("end 3")
     ticket = order(engine, "echo", lane=Lane.READ_AHEAD)
     ticket.promote()
     ticket.wait()

@@ -1,0 +1,56 @@
+"""The gate: what a view must measure against its original before a blob may take the original's place.
+
+The view that is measured is the encoded one, decoded again: the very bytes that readers will get.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from esrfs.blob.recipe import Scores
+from esrfs.compaction.outcome import PRESETS
+from esrfs.metrics import fidelity
+from esrfs.metrics.ssimulacra2 import Pixels, Reference
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """SSIMULACRA2."""
+
+    whole: float
+    worst_tile: float
+
+
+def thresholds(preset: str) -> Thresholds:
+    """Raises ValueError for a preset that doesn't exist."""
+    if preset not in PRESETS:
+        raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+    whole, depth = PRESETS[preset]
+    return Thresholds(whole, whole - depth)
+
+
+def measure(reference: Reference, original: Pixels, view: Pixels) -> Scores:
+    """Compare two pictures of one shape, H×W×1 or H×W×3; ``reference`` was made of ``original``.
+
+    Rounded, so that a score in a recipe doesn't depend on the order in which some library adds.
+    """
+    comparison = reference.compare(view)
+    return Scores(
+        ssimulacra2=round(comparison.score, 2),
+        worst_tile=round(comparison.worst_tile, 2),
+        psnr=round(fidelity.psnr(original, view), 2),
+    )
+
+
+def headroom(scores: Scores, wanted: Thresholds) -> float:
+    """Points by which the scores pass (0 and more) or fail (negative): of the threshold that they pass least."""
+    return min(scores.ssimulacra2 - wanted.whole, scores.worst_tile - wanted.worst_tile)
+
+
+def objection(scores: Scores, wanted: Thresholds) -> str:
+    """Why these scores don't pass, as half a sentence for people; empty if they do."""
+    if scores.ssimulacra2 < wanted.whole:
+        return f"it scores {scores.ssimulacra2:.1f} where {wanted.whole:.0f} is promised"
+    if scores.worst_tile < wanted.worst_tile:
+        return f"its worst part scores {scores.worst_tile:.1f} where {wanted.worst_tile:.0f} is promised"
+    return ""

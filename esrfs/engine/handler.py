@@ -1,0 +1,149 @@
+"""What the worker's jobs mean: the only place where requests meet networks. Imported by the worker when it starts."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from esrfs import formats, reconstruction
+from esrfs.blob import recipe as recipe_format
+from esrfs.compaction import compactor
+from esrfs.compaction.compactor import NetworkRef
+from esrfs.compaction.outcome import Outcome, Reason, Verdict
+from esrfs.engine import protocol, tiles
+from esrfs.engine.errors import DeviceFailedError, JobFailedError
+from esrfs.engine.lanes import Cancelled, Running
+from esrfs.engine.tiles import Crew
+from esrfs.networks import loading
+from esrfs.reconstruction import ImplausibleError, Infer, ReconstructionError
+
+Pixels = npt.NDArray[np.uint8]
+
+log = logging.getLogger("esrfs.engine.handler")
+
+_NETWORKS_KEPT = 4
+_UPSCALE_MEGAPIXELS = 100.0
+"""Of the input of ``esrfs upscale``."""
+_ACCELERATOR_TILE = 1024
+"""Input pixels along a tile's side where an accelerator runs it: enough work for one launch."""
+
+
+class NetworkHandler:
+    """See ``worker.Handler``."""
+
+    def __init__(self, device: str, fetch: Callable[[bytes], bytes]) -> None:
+        self.device = device
+        self.threads = len(os.sched_getaffinity(0)) if device == "cpu" else 1
+        self._tile = tiles.TILE if device == "cpu" else _ACCELERATOR_TILE
+        self._fetch = fetch
+        self._crew = Crew(self.threads)
+        self._lock = threading.Lock()  # protects:
+        self._networks: OrderedDict[bytes, loading.Network] = OrderedDict()
+
+    def rebuild(self, request: protocol.Rebuild, avif: bytes, job: Running) -> tuple[protocol.Rebuilt, bytes]:
+        try:
+            recipe = recipe_format.decode(request.recipe)
+            view = reconstruction.rebuild(recipe, avif, self._infer(job))
+        except ImplausibleError as error:
+            if self.device != "cpu":
+                raise DeviceFailedError(str(error)) from error
+            raise JobFailedError(str(error)) from error
+        except (ValueError, ReconstructionError) as error:
+            raise JobFailedError(str(error)) from error
+        sha256 = hashlib.sha256(view).digest()
+        exact = sha256 == recipe.sha256_view
+        if not exact:
+            log.info(
+                "a view differs from the one first made (%s then, %s now); it is served", recipe.encoder, self.device
+            )
+        return protocol.Rebuilt(job=request.job, sha256=sha256, exact=exact), view
+
+    def compact(self, request: protocol.Compact, original: bytes, job: Running) -> Outcome:
+        try:
+            network = None
+            if request.network_sha256:
+                scale = self._network(request.network_sha256).scale
+                network = NetworkRef(request.network_name, request.network_sha256, scale)
+            return compactor.compact(original, request.policy, network, self._infer(job), job.checkpoint)
+        except (Cancelled, JobFailedError, DeviceFailedError):
+            raise
+        except Exception as error:
+            # One picture that esrfs stumbles over is no reason to stop compacting the others.
+            log.exception("a compaction failed")
+            message = f"an error in esrfs: {type(error).__name__}: {error}; please report this with the picture"
+            return Outcome(verdict=Verdict.REFUSED, reason=Reason.ERROR, message=message)
+
+    def upscale(self, request: protocol.Upscale, image: bytes, job: Running) -> bytes:
+        try:
+            pixels = formats.decode(image, _UPSCALE_MEGAPIXELS)
+        except formats.Unsupported as error:
+            raise JobFailedError(error.message) from error
+        infer = partial(self._infer(job), request.network_sha256)
+        channels = pixels.shape[2]
+        colour = pixels[:, :, : channels - 1] if channels in (2, 4) else pixels
+        large = Image.fromarray(infer(np.ascontiguousarray(np.broadcast_to(colour, (*colour.shape[:2], 3)))))
+        if colour.shape[2] == 1:
+            large = large.convert("L")
+        if channels in (2, 4):
+            large.putalpha(Image.fromarray(pixels[:, :, -1].copy()).resize(large.size, Image.Resampling.BICUBIC))
+        job.checkpoint()
+        out = io.BytesIO()
+        large.save(out, "PNG")
+        return out.getvalue()
+
+    def _infer(self, job: Running) -> Infer:
+        def infer(sha256: bytes, pixels: Pixels) -> Pixels:
+            network = self._network(sha256)
+            try:
+                return tiles.enlarge(network, pixels, partial(self._crew.spread, job), self._tile)
+            except RuntimeError as error:  # torch's errors are, those of a lost or full accelerator too
+                if self.device != "cpu":
+                    raise DeviceFailedError(str(error)) from error
+                raise
+
+        return infer
+
+    def _network(self, sha256: bytes) -> loading.Network:
+        with self._lock:
+            network = self._networks.get(sha256)
+            if network is not None:
+                self._networks.move_to_end(sha256)
+                return network
+        data = self._fetch(sha256)
+        try:
+            network = loading.load(data, device=self.device)
+        except ValueError as error:
+            raise JobFailedError(f"network {sha256.hex()[:16]} can't be used: {error}") from error
+        except RuntimeError as error:
+            if self.device != "cpu":
+                raise DeviceFailedError(str(error)) from error
+            raise
+        with self._lock:
+            self._networks[sha256] = network
+            while len(self._networks) > _NETWORKS_KEPT:
+                self._networks.popitem(last=False)
+        return network
+
+
+def open_handler(device: str, fetch: Callable[[bytes], bytes]) -> NetworkHandler:
+    """``device``: auto, cpu or cuda; auto takes CUDA where it works."""
+    torch.set_num_threads(1)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        log.warning("there is no CUDA device that torch can use; the CPU is used")
+        device = "cpu"
+    return NetworkHandler(device, fetch)

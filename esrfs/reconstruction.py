@@ -1,0 +1,127 @@
+"""Reconstruction: blob → view. Decode the small picture, enlarge it with the recipe's network, encode it as the recipe
+pins.
+
+Compaction calls ``enlarge`` too, so that what the gate measures is what readers get.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from esrfs import formats
+from esrfs.blob import recipe as recipe_format
+from esrfs.blob.recipe import JpegCoding, Recipe
+
+Pixels = npt.NDArray[np.uint8]
+
+Infer = Callable[[bytes, Pixels], Pixels]
+"""(sha256 of a network's file, H×W×3 RGB) → (H·s)×(W·s)×3, s being the network's scale."""
+
+_BLOCK = 32
+"""Pixels of the small picture along the side of a block in which it is compared with the rebuilt one."""
+_UNLIKE = 40.0
+"""Mean difference (of 255) in one block from which on a rebuilt picture is taken for a failure of the hardware."""
+
+
+class ReconstructionError(Exception):
+    """The blob can't be rebuilt; the message says why, for people."""
+
+
+class ImplausibleError(ReconstructionError):
+    """The rebuilt picture doesn't resemble the blob's: an accelerator's overflow or memory error (DESIGN 9)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a small picture becomes a large one."""
+
+    width: int
+    """Of the result, in pixels."""
+    height: int
+    scale: int
+    """The small picture has ceil(width / scale) × ceil(height / scale) pixels."""
+    network_sha256: bytes
+    """Of the network that enlarges; empty only at scale 1: the picture is taken as it is."""
+    gray: bool
+
+
+def rebuild(recipe: Recipe, avif: bytes, infer: Infer) -> bytes:
+    """The whole view, of exactly ``recipe.original_size`` bytes. Whether it is the very one that the recipe pins tells
+    its sha256.
+
+    Raises ReconstructionError, ImplausibleError, and what ``infer`` raises.
+    """
+    plan = Plan(
+        width=recipe.width,
+        height=recipe.height,
+        scale=recipe.scale,
+        network_sha256=recipe.network_sha256,
+        gray=recipe.coding.mode in ("L", "LA"),
+    )
+    pixels = enlarge(plan, decode_small(plan, avif), infer)
+    try:
+        scan = formats.encode_scan(recipe.coding, recipe.width, recipe.height, pixels, recipe.scan_length)
+    except (formats.DoesNotFit, ValueError) as error:
+        kind = "JPEG" if isinstance(recipe.coding, JpegCoding) else "PNG"
+        raise ReconstructionError(
+            f"the rebuilt picture can't be written as the {kind} that was promised: {error}"
+        ) from error
+    return b"".join((recipe_format.expand(recipe.prefix), scan, recipe_format.expand(recipe.suffix)))
+
+
+def decode_small(plan: Plan, avif: bytes) -> Pixels:
+    """The blob's picture, h×w×3 RGB. Raises ReconstructionError if it is damaged or not of the size that ``plan``
+    says."""
+    height, width = math.ceil(plan.height / plan.scale), math.ceil(plan.width / plan.scale)
+    try:
+        pixels = formats.decode(avif, max_megapixels=width * height / 1e6)
+    except formats.Unsupported as error:
+        raise ReconstructionError(f"the blob's picture can't be decoded: {error.message}") from error
+    if pixels.shape != (height, width, 3):
+        raise ReconstructionError(f"the blob's picture is of {pixels.shape}, and the recipe says {(height, width, 3)}")
+    return pixels
+
+
+def enlarge(plan: Plan, small: Pixels, infer: Infer) -> Pixels:
+    """``small`` (h×w×3) enlarged to exactly height × width × 3, × 1 for gray.
+
+    Raises ReconstructionError if the network is not of the plan's scale, ImplausibleError.
+    """
+    if plan.network_sha256:
+        large = infer(plan.network_sha256, small)
+        if large.shape != (small.shape[0] * plan.scale, small.shape[1] * plan.scale, 3):
+            raise ReconstructionError(f"the network made {large.shape} of {small.shape} at scale {plan.scale}")
+        _check_resemblance(small, large, plan.scale)
+    elif plan.scale == 1:
+        large = small
+    else:
+        raise ReconstructionError(f"the recipe names no network for scale {plan.scale}")
+    large = large[: plan.height, : plan.width]
+    if plan.gray:
+        return np.asarray(Image.fromarray(np.ascontiguousarray(large)).convert("L"))[:, :, None]
+    return large
+
+
+def _check_resemblance(small: Pixels, large: Pixels, scale: int) -> None:
+    """Compare block means: a network changes edges and texture, an overflow makes blocks black."""
+    expected = _block_means(small, _BLOCK)
+    found = _block_means(large, _BLOCK * scale)
+    difference = np.abs(expected - found).max()
+    if difference > _UNLIKE:
+        raise ImplausibleError(
+            f"the rebuilt picture doesn't resemble the blob's: one part is off by {difference:.0f} of 255; "
+            "the hardware that runs the network is to be suspected"
+        )
+
+
+def _block_means(pixels: Pixels, block: int) -> npt.NDArray[np.float64]:
+    """Of whole blocks (a few pixels at an edge may well change); of a picture smaller than a block, all in one."""
+    height, width = (max(side // block * block, min(side, block)) for side in pixels.shape[:2])
+    reduced = Image.fromarray(np.ascontiguousarray(pixels[:height, :width])).reduce(block)
+    return np.asarray(reduced, dtype=np.float64)
