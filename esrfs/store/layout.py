@@ -276,6 +276,13 @@ def is_store(path: str) -> bool:
     return os.path.lexists(os.path.join(path, RESERVED, CONFIG))
 
 
+def read_config(path: str) -> StoreConfig:
+    """The store.toml of the store at ``path``. Raises StoreError, OSError."""
+    where = os.path.join(path, RESERVED, CONFIG)
+    with open(where, encoding="utf-8", errors="replace") as file:
+        return _config_of_any_version(file.read(), where)
+
+
 def open_store(path: str, readonly: bool = False) -> Store:
     """Open the store at ``path``: the only time that a path is resolved.
 
