@@ -74,8 +74,7 @@ def _init_in_place(path: str, exclusive: bool, policy: Policy, undo_days: int) -
         # An earlier init, on a filesystem without exchange, ended between its rename and its mkdir.
         _make_mountpoint(path, like=moved)
     if layout.is_store(moved) and os.path.isdir(path) and not os.listdir(path):
-        with _open_directory(path) as directory:
-            protect_mountpoint(directory)
+        protect_mountpoint(path)
         config = layout.read_config(moved)
         return Initialised(moved, path, config, _warnings(config))
     if not os.path.isdir(path):
@@ -110,8 +109,7 @@ def _init_in_place(path: str, exclusive: bool, policy: Policy, undo_days: int) -
         _make_mountpoint(path, like=moved)
         faults.reach("init.exchanged")
     # Last, since an immutable directory can't be renamed.
-    with _open_directory(path) as directory:
-        protect_mountpoint(directory)
+    protect_mountpoint(path)
     faults.reach("init.done")
     return Initialised(moved, path, config, _warnings(config))
 
@@ -181,8 +179,8 @@ def _warnings(config: StoreConfig) -> list[str]:
     missing = [what for what, there in (("atomic exchange", found.exchange), ("leases", found.leases)) if not there]
     if missing and not config.exclusive:
         warnings.append(
-            f"This filesystem has no {' and no '.join(missing)}, so nothing is compacted yet. If only esrfs writes in the "
-            "store, say so: esrfs init --exclusive, or exclusive = true in store.toml."
+            f"This filesystem has no {' and no '.join(missing)}, so nothing is compacted yet. If only esrfs writes in "
+            "the store, say so: esrfs init --exclusive, or exclusive = true in store.toml."
         )
     elif not found.exchange and not found.links:
         warnings.append("This filesystem has neither atomic exchange nor hard links, so nothing can be compacted here.")
@@ -247,8 +245,8 @@ def _what_marks(directory: str, names: set[str]) -> str | None:
         return "an esrfs store already. Mount that one, or choose a directory outside it."
     if ".git" in names and os.path.isdir(os.path.join(directory, ".git", "annex")):
         return (
-            "a git-annex repository, which knows files by their content: compacted ones would fail its checks. Make a store "
-            "of a folder outside it, and annex the originals."
+            "a git-annex repository, which knows files by their content: compacted ones would fail its checks. Make a "
+            "store of a folder outside it, and annex the originals."
         )
     if "annex" in names and os.path.isdir(os.path.join(directory, "annex", "objects")) and "HEAD" in names:
         return "a bare git-annex repository, which knows files by their content. Make a store of a folder outside it."
@@ -259,8 +257,8 @@ def _what_marks(directory: str, names: set[str]) -> str | None:
         )
     if ".nextcloudsync.log" in names or ".owncloudsync.log" in names or any(map(_OWN_SYNC.fullmatch, names)):
         return (
-            "mirrored by Nextcloud or ownCloud: rebuilt pictures would replace the originals on your other devices. Remove the "
-            "folder from its client first, or make a store of a copy."
+            "mirrored by Nextcloud or ownCloud: rebuilt pictures would replace the originals on your other devices. Remove "
+            "the folder from its client first, or make a store of a copy."
         )
     if ".dropbox.cache" in names or ".dropbox" in names:
         return (
@@ -329,7 +327,7 @@ def predict(
     refuse_unsuitable(path)
     files = list(_files(path))
     candidates = [(name, size) for name, size in files if size >= _SMALLEST_CANDIDATE and _looks_compactable(name)]
-    chosen = random.Random(0).sample(candidates, min(sample, len(candidates)))  # noqa: S311
+    chosen = random.Random(0).sample(candidates, min(sample, len(candidates)))
     before = after = compacted = 0
     for number, (name, size) in enumerate(chosen, 1):
         try:

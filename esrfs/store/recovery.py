@@ -49,6 +49,19 @@ class Report:
     problems: list[str] = field(default_factory=list)
     """For people: what could not be ended; the next recovery tries again."""
 
+    @property
+    def messages(self) -> list[str]:
+        """What somebody should know, for people; empty after an ordinary recovery."""
+        lines = list(self.problems)
+        if self.found:
+            lines.append(
+                f"{len(self.found)} file(s) that nothing explains were put aside in {RESERVED}/originals: "
+                f"{', '.join(self.found)}. Look at them; esrfs never deletes them."
+            )
+        if self.damaged_records:
+            lines.append(f"{self.damaged_records} record(s) of the ledger are damaged; is the disk failing?")
+        return lines
+
 
 def recover(store: Store) -> Report:
     """End what dead processes of this host left behind. Several processes may do so at once.
