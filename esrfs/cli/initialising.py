@@ -1,0 +1,100 @@
+"""``init``: make a directory a store."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import os
+from typing import Annotated
+
+import typer
+
+from esrfs.cli import show
+from esrfs.cli.show import CommandError
+from esrfs.compaction.outcome import PRESETS, Outcome, Policy
+from esrfs.engine.client import Engine, EngineSettings
+from esrfs.exit_codes import ExitCode
+from esrfs.networks import registry
+from esrfs.networks.registry import WeightsError
+from esrfs.store import initialise
+
+Preset = enum.StrEnum("Preset", {name: name for name in PRESETS})  # type: ignore[misc]  # its members are PRESETS' keys
+
+_DEFAULT = Policy()
+_PRESET = Preset(_DEFAULT.preset)
+_SCORES = ", ".join(f"{name} {score:g}" for name, (score, _) in PRESETS.items())
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(init)
+
+
+def init(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="An empty directory, or one with photographs.")],
+    *,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Rename DIR to .DIR.esrfs, and leave a mountpoint for the view at DIR.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Change nothing; predict from a sample what would be saved.")
+    ] = False,
+    exclusive: Annotated[
+        bool,
+        typer.Option(
+            "--exclusive",
+            help="Promise that only esrfs writes into the store; for filesystems without exchange or leases.",
+        ),
+    ] = False,
+    preset: Annotated[
+        Preset,
+        typer.Option(help=f"What a picture must score (SSIMULACRA2): {_SCORES}."),
+    ] = _PRESET,
+    network: Annotated[
+        str, typer.Option(help="The network that rebuilds; see `esrfs weights list`.")
+    ] = _DEFAULT.network,
+    undo_days: Annotated[int, typer.Option(min=0, help="Days that originals can be brought back.")] = 30,
+) -> None:
+    """Make a directory a store. No photograph is touched: that begins when the store is mounted."""
+    policy = Policy(preset=preset.value, network=network)
+    try:
+        weights = registry.find(network).read_bytes()
+    except WeightsError as error:
+        raise CommandError(str(error), ExitCode.NETWORK) from error
+    if dry_run:
+        _predict(directory, policy, weights)
+        return
+    made = initialise.init(directory, in_place=in_place, exclusive=exclusive, policy=policy, undo_days=undo_days)
+    for warning in made.warnings:
+        show.note(warning)
+    show.line(
+        f"{made.store} is a store (preset {made.config.policy.preset}, originals kept {made.config.undo_days} days)"
+    )
+    show.line(f"show it full size with: esrfs mount {made.store} {made.mountpoint or 'DIRECTORY'}")
+
+
+def _predict(directory: str, policy: Policy, weights: bytes) -> None:
+    if not os.path.isdir(directory):
+        raise CommandError(f"{directory} is not a directory; there is nothing to predict", ExitCode.FAILED)
+    digest = hashlib.sha256(weights).digest()
+    engine = Engine(EngineSettings(), {digest: weights}.__getitem__)
+
+    def compact(original: bytes) -> Outcome:
+        return engine.compact(original, policy, digest, policy.network)
+
+    try:
+        with show.progress("Trying a sample") as advance:
+            found = initialise.predict(directory, compact, progress=lambda done, total: advance(done, total, ""))
+    finally:
+        engine.close()
+    saved = found.bytes - found.predicted_bytes
+    share = f" ({saved / found.bytes:.0%})" if found.bytes else ""
+    show.fields(
+        [
+            ("files", f"{found.files}, {show.size(found.bytes)}"),
+            ("of them JPEG or PNG", f"{found.candidates}, {show.size(found.candidate_bytes)}"),
+            ("tried", f"{found.sampled}; {found.compacted} passed the gate ({policy.preset})"),
+            ("would take", show.size(found.predicted_bytes)),
+            ("would save", f"{show.size(saved)}{share}, after the undo window"),
+        ]
+    )
+    show.line("Nothing was changed.")

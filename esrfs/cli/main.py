@@ -1,0 +1,99 @@
+"""Entry point of ``esrfs``: picks the command, and turns every error into a message and an exit code.
+
+Called as ``mount.fuse.esrfs STORE DIR -o …`` (by mount(8), for fstab) or as ``esrfs STORE DIR -o …`` (by mount.fuse3)
+it mounts."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from esrfs.cli import caching, compacting, initialising, inspecting, mounting, repairing, weights
+from esrfs.cli.show import CommandError, note
+from esrfs.control import ControlError
+from esrfs.engine.client import EngineError
+from esrfs.exit_codes import ExitCode
+from esrfs.store.errors import Problem, StoreError
+
+app = typer.Typer(
+    name="esrfs",
+    help="Stores photographs small and shows them full size.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (initialising, mounting, inspecting, compacting, repairing, caching, weights):
+    module.add_to(app)
+
+_STORE_PROBLEMS = {
+    Problem.NOT_A_STORE: ExitCode.NOT_A_STORE,
+    Problem.REFUSED: ExitCode.REFUSED,
+    Problem.UNSUPPORTED: ExitCode.REFUSED,
+    Problem.BUSY: ExitCode.BUSY,
+    Problem.DAMAGED: ExitCode.DAMAGE,
+    Problem.NOT_FOUND: ExitCode.FAILED,
+}
+
+
+def main() -> None:
+    # File names are bytes: print those that are not UTF-8 as they are.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")
+    sys.exit(run(sys.argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """What ``main`` does with these arguments (the program's name first); returns the exit code."""
+    program, *arguments = argv
+    try:
+        if mounting.is_mount_helper(program, arguments, _command_names()):
+            return mounting.mount_helper(arguments, os.path.basename(program))
+        typer.main.get_command(app)(args=arguments, prog_name="esrfs")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else ExitCode.OK
+    except (CommandError, ControlError) as error:
+        note(str(error))
+        return int(error.exit_code)
+    except StoreError as error:
+        note(str(error))
+        return _STORE_PROBLEMS[error.problem]
+    except (EngineError, TimeoutError) as error:
+        note(f"the engine failed: {error}")
+        return ExitCode.ENGINE
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        # `esrfs explain … | head`: nobody reads on. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.FAILED
+    except PermissionError as error:
+        note(_describe(error))
+        return ExitCode.PERMISSION
+    except OSError as error:
+        note(_describe(error))
+        return ExitCode.FAILED
+    except Exception as error:
+        traceback.print_exc()
+        note(f"this is a bug in esrfs ({error!r}); please report it with the lines above")
+        return ExitCode.INTERNAL
+    return ExitCode.OK
+
+
+def _command_names() -> list[str]:
+    commands = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    return commands + [group.name for group in app.registered_groups if group.name]
+
+
+def _describe(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename is not None else reason
+
+
+if __name__ == "__main__":
+    main()

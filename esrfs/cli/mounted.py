@@ -1,0 +1,55 @@
+"""Reaching the mount that serves a store, or saying why it can't be reached."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from pathlib import Path
+from typing import Any
+
+from esrfs import control
+from esrfs.cli import paths
+from esrfs.cli.paths import Place
+from esrfs.cli.show import Advance, CommandError
+from esrfs.exit_codes import ExitCode
+
+
+def find(place: Place, store_id: str) -> Path | None:
+    """The control socket of the place's mount, else of any mount of the store; None where none answers."""
+    if place.mountpoint is not None and (socket := control.find(store_id, place.mountpoint)) is not None:
+        return socket
+    return control.find(store_id)
+
+
+def require(place: Place, store_id: str) -> Path:
+    """Like :func:`find`. Raises CommandError NOT_MOUNTED or PERMISSION, saying what to do."""
+    socket = find(place, store_id)
+    if socket is not None:
+        return socket
+    if place.mountpoint is None:
+        raise CommandError(
+            f"{place.store} is not mounted; mount it first: esrfs mount {place.store} DIRECTORY", ExitCode.NOT_MOUNTED
+        )
+    user = next((mount.user_id for mount in paths.mounts() if mount.mountpoint == place.mountpoint), os.getuid())
+    if user != os.getuid():
+        try:
+            name = pwd.getpwuid(user).pw_name
+        except KeyError:
+            name = f"user {user}"
+        raise CommandError(
+            f"{place.mountpoint} is run by {name}; give this command as {name} (sudo -u {name} …)", ExitCode.PERMISSION
+        )
+    raise CommandError(
+        f"{place.mountpoint} is mounted, but its process does not answer (it was killed, or it is ending). "
+        f"To start anew: esrfs umount {place.mountpoint}, then esrfs mount {place.store} {place.mountpoint}",
+        ExitCode.NOT_MOUNTED,
+    )
+
+
+def call_with_progress(socket: Path, op: str, advance: Advance, **arguments: Any) -> dict[str, Any]:
+    """``control.call``, with each event ``{"path", "done", "total"}`` shown as progress."""
+
+    def on_event(event: dict[str, Any]) -> None:
+        advance(event.get("done", 0), event.get("total", 0), event.get("path", ""))
+
+    return control.call(socket, op, on_event=on_event, **arguments)

@@ -1,0 +1,155 @@
+"""``mount`` and ``umount``, also as mount(8) and fstab call them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from esrfs import control
+from esrfs.cli import paths
+from esrfs.cli.show import CommandError, note
+from esrfs.exit_codes import ExitCode
+from esrfs.store import layout
+from esrfs.store.errors import StoreError
+
+_END_SECONDS = 60.0
+"""How long ``umount`` waits for the mount's process: longer than the mount gives its waiting readers."""
+
+Options = Annotated[
+    list[str] | None,
+    typer.Option("-o", metavar="OPTION[,OPTION]…", help="Mount options, as in fstab; may be repeated."),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(mount)
+    app.command()(umount)
+
+
+def mount(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="The store, a directory made by `esrfs init`.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Where to show its photographs full size.")],
+    options: Options = None,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", "-f", help="Stay in the foreground, and write the log to the terminal.")
+    ] = False,
+) -> None:
+    """Mount a store.
+
+    In fstab: `STORE DIR fuse.esrfs defaults 0 0`.
+    """
+    raise typer.Exit(_mount(store, directory, options or [], foreground))
+
+
+def umount(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="The mountpoint.")],
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Detach it although programs use it; what they wait for is finished or fails."),
+    ] = False,
+) -> None:
+    """Unmount, and wait until the mount has ended. Also clears away a mount whose process was killed."""
+    place = paths.resolve(directory)
+    if place.mountpoint is None or place.relative:
+        raise CommandError(f"{directory} is not a mountpoint of esrfs", ExitCode.NOT_MOUNTED)
+    process = _process_of(place)
+    try:
+        if force and process is not None:
+            signal.pidfd_send_signal(process, signal.SIGTERM)  # it detaches, and gives waiting readers a last while
+        else:
+            _detach(place.mountpoint, lazily=force)
+        if process is not None and not _has_ended(process):
+            note(
+                f"{place.mountpoint} is unmounted, but its process is still busy; "
+                "mount the store again when it has ended"
+            )
+            raise typer.Exit(ExitCode.BUSY)
+    finally:
+        if process is not None:
+            os.close(process)
+
+
+def is_mount_helper(program: str, arguments: Sequence[str], commands: Sequence[str]) -> bool:
+    """Whether these arguments come from mount(8) or mount.fuse3 (``STORE DIR [-o …]``) and name no command."""
+    if os.path.basename(program).startswith("mount."):
+        return True
+    first = arguments[0] if len(arguments) >= 2 else "-"
+    return first not in commands and not first.startswith("-") and ("/" in first or os.path.isdir(first))
+
+
+def mount_helper(arguments: Sequence[str], program: str) -> int:
+    """Mount with the arguments of a mount helper (mount(8), "external helpers"); returns the exit code."""
+    called_by_mount = program.startswith("mount.")
+    parser = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
+    parser.add_argument("store", metavar="STORE")
+    parser.add_argument("directory", metavar="DIR")
+    parser.add_argument("-o", dest="options", action="append", default=[])
+    # For mount(8) -f means "do all but mount", for FUSE programs "stay in the foreground".
+    parser.add_argument("-f", dest="f", action="store_true")
+    parser.add_argument("-s", "-n", "-v", dest="ignored", action="store_true")
+    parser.add_argument("-t", "-N", dest="ignored_value")
+    parsed = parser.parse_args(arguments)
+    if called_by_mount and parsed.f:
+        return ExitCode.OK
+    return _mount(parsed.store, parsed.directory, parsed.options, foreground=parsed.f and not called_by_mount)
+
+
+def split_options(values: Sequence[str]) -> list[str]:
+    """The single options in the values of ``-o``: split at commas, save where a backslash stands before."""
+    parts = [part for value in values for part in re.split(r"(?<!\\),", value)]
+    return [part.replace("\\,", ",") for part in parts if part]
+
+
+def _mount(store: str, directory: str, options: Sequence[str], foreground: bool) -> int:
+    from esrfs.mount import lifecycle  # noqa: PLC0415 (loads libfuse3: only this command fails where it is missing)
+
+    return lifecycle.run(os.path.abspath(store), os.path.abspath(directory), split_options(options), foreground)
+
+
+def _process_of(place: paths.Place) -> int | None:
+    """A pidfd of the mount's process; None where it does not answer."""
+    try:
+        with layout.open_store(place.store, readonly=True) as store:
+            socket = control.find(store.config.id, place.mountpoint)
+        if socket is not None:
+            return os.pidfd_open(control.call(socket, "ping")["pid"])
+    except (StoreError, control.ControlError, OSError):
+        pass  # unmounting works without; there is just nothing to wait for
+    return None
+
+
+def _has_ended(process: int) -> bool:
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    with contextlib.suppress(InterruptedError):
+        return bool(poll.poll(_END_SECONDS * 1000))
+    return False
+
+
+def _detach(mountpoint: str, lazily: bool) -> None:
+    fusermount = shutil.which("fusermount3") or shutil.which("fusermount")
+    if fusermount:
+        command = [fusermount, "-u", *(["-z"] if lazily else []), "--", mountpoint]
+    else:
+        command = ["umount", *(["-l"] if lazily else []), "--", mountpoint]
+    environment = {**os.environ, "LC_ALL": "C"}
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=environment)
+    if result.returncode == 0:
+        return
+    if "busy" in result.stderr:
+        raise CommandError(
+            f"{mountpoint} is in use. Close what uses it (`fuser -vm {mountpoint}` tells), or detach it anyway: "
+            f"esrfs umount --force {mountpoint}",
+            ExitCode.BUSY,
+        )
+    raise CommandError(f"{mountpoint} could not be unmounted: {result.stderr.strip()}", ExitCode.MOUNT_FAILED)

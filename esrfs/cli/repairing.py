@@ -1,0 +1,72 @@
+"""``check`` a store, ``restore`` originals."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+import typer
+
+from esrfs.cli import mounted, show, stores
+from esrfs.engine.client import Rebuilt
+from esrfs.exit_codes import ExitCode
+from esrfs.upkeep import check as upkeep_check
+from esrfs.upkeep import restore as upkeep_restore
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(check)
+    app.command()(restore)
+
+
+def check(
+    path: Annotated[str, typer.Argument(metavar="STORE", help="A store, or a mountpoint.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Also rebuild every view and compare it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Look for damage. Changes nothing; ends with exit code 6 if there is any."""
+    with stores.at(path) as (store, _), stores.engine_for(store) as engine, show.progress("Checking") as advance:
+
+        def rebuild(sha256: bytes, recipe: bytes, avif: bytes) -> Rebuilt:
+            ticket = engine.rebuild(sha256, lambda: (recipe, avif))
+            try:
+                return ticket.wait()
+            finally:
+                ticket.release()
+
+        report = upkeep_check.check(store, rebuild if deep else None, advance)
+    if as_json:
+        show.as_json(msgspec.to_builtins(report))
+    else:
+        for finding in report.findings:
+            show.line(f"{finding.severity}: {finding.path}: {finding.message}")
+        rebuilt = f", {report.rebuilt} rebuilt" if deep else ""
+        verdict = "the store is sound" if report.is_sound else "the store is damaged"
+        show.line(f"{report.files} files, {report.blobs} of them stored small{rebuilt}: {verdict}")
+    if not report.is_sound:
+        raise typer.Exit(ExitCode.DAMAGE)
+
+
+def restore(
+    given: Annotated[list[str], typer.Argument(metavar="FILE…", help="Files or folders in a store or its mount.")],
+) -> None:
+    """Bring originals back, bit for bit, while the undo window has them."""
+    failed = 0
+    brought = 0
+    for place, relative in stores.by_store(given).values():
+        with stores.at(place.store, readonly=False) as (store, _), show.progress("Restoring") as advance:
+            socket = mounted.find(place, store.config.id)
+            if socket is not None:
+                # The mount knows who reads the file at this moment; nobody else may swap it.
+                results = mounted.call_with_progress(socket, "restore", advance, paths=relative)["files"]
+            else:
+                with stores.catalog_of(store) as catalog:
+                    results = msgspec.to_builtins(upkeep_restore.restore(store, relative, advance, catalog=catalog))
+        for result in results:
+            brought += result["state"] == "restored"
+            if result["state"] == "failed":
+                failed += 1
+                show.note(f"{result['path']}: {result['message']}")
+    show.line(f"{brought} originals brought back")
+    if failed:
+        raise typer.Exit(ExitCode.FAILED)

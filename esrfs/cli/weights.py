@@ -1,0 +1,119 @@
+"""``weights``: networks that are here or can be downloaded. ``upscale``: use one on a single image."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from esrfs.cli import show
+from esrfs.cli.show import CommandError
+from esrfs.compaction.outcome import Policy
+from esrfs.engine.client import Device, Engine, EngineError, EngineSettings
+from esrfs.exit_codes import ExitCode
+from esrfs.networks import registry
+from esrfs.networks.registry import WeightsError
+
+weights = typer.Typer(no_args_is_help=True, help="Networks: what is here, official ones, your own.")
+
+
+def add_to(app: typer.Typer) -> None:
+    app.add_typer(weights, name="weights")
+    app.command()(upscale)
+
+
+@weights.command("list")
+def list_(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Networks that are here, and official ones that `pull` can fetch."""
+    rows = []
+    for listed in registry.listing():
+        scale = listed.spec.scale if listed.spec else listed.official.scale if listed.official else None
+        licence = listed.spec.licence if listed.spec else listed.official.licence if listed.official else ""
+        rows.append(
+            {
+                "name": listed.name,
+                "origin": listed.origin,
+                "here": listed.path is not None,
+                "path": str(listed.path) if listed.path else None,
+                "bytes": listed.bytes,
+                "scale": scale,
+                "licence": licence,
+            }
+        )
+    if as_json:
+        show.as_json(rows)
+        return
+    show.table(
+        ["name", "scale", "size", "licence", "from", "here"],
+        [
+            [
+                str(row["name"]),
+                f"×{row['scale']}" if row["scale"] else "",
+                show.size(row["bytes"]) if isinstance(row["bytes"], int) else "",
+                str(row["licence"]),
+                str(row["origin"]),
+                "yes" if row["here"] else "no: esrfs weights pull",
+            ]
+            for row in rows
+        ],
+        right=[2],
+    )
+
+
+@weights.command()
+def pull(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="See `esrfs weights list`.")]) -> None:
+    """Download official weights; their SHA-256 is checked. An interrupted download is continued."""
+    try:
+        for name in names:
+            with show.progress(f"Downloading {name}", in_bytes=True) as advance:
+                path = registry.pull(name, progress=lambda done, total: advance(done, total or 0, ""))
+            show.line(str(path))
+    except WeightsError as error:
+        raise CommandError(str(error), ExitCode.NETWORK) from error
+
+
+@weights.command()
+def add(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="safetensors of esrfs, or an official-style .pth.")],
+    name: Annotated[str, typer.Option(help="What to call it; the file's own name if left out.")] = "",
+) -> None:
+    """Copy a network of your own to where esrfs finds it."""
+    try:
+        show.line(str(registry.add(file, name)))
+    except WeightsError as error:
+        raise CommandError(str(error), ExitCode.NETWORK) from error
+
+
+def upscale(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="A PNG file.")],
+    network: Annotated[str, typer.Option(help="See `esrfs weights list`.")] = Policy().network,
+    device: Annotated[Device, typer.Option(help="Where the network runs.")] = "auto",
+) -> None:
+    """Enlarge one image with a network; needs no store."""
+    if out.suffix.lower() != ".png":
+        raise CommandError(f"{out}: the result is a PNG file; end its name in .png", ExitCode.USAGE)
+    try:
+        data = registry.find(network).read_bytes()
+    except WeightsError as error:
+        raise CommandError(str(error), ExitCode.NETWORK) from error
+    source = image.read_bytes()
+    engine = Engine(EngineSettings(device=device), {hashlib.sha256(data).digest(): data}.__getitem__)
+    try:
+        with show.progress(f"Enlarging {image.name}"):
+            enlarged = engine.upscale(source, hashlib.sha256(data).digest())
+    except EngineError as error:
+        raise CommandError(f"{image}: {error}", ExitCode.ENGINE) from error
+    finally:
+        engine.close()
+    partial = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(enlarged)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,107 @@
+"""Bringing originals back. In a mounted store only the mount does this: it knows which files are in use."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import msgspec
+
+from esrfs.store import swap
+from esrfs.store.beneath import beneath
+from esrfs.store.catalog import Catalog, Entry
+from esrfs.store.errors import Problem, StoreError
+from esrfs.store.examine import examine, may_be_blob
+from esrfs.store.identity import Identity
+from esrfs.store.layout import Store
+from esrfs.upkeep import walk
+from esrfs.upkeep.claims import Claims
+
+log = logging.getLogger("esrfs.upkeep")
+
+
+class Restored(msgspec.Struct, frozen=True, kw_only=True):
+    path: str
+    state: Literal["restored", "failed"]
+    message: str = ""
+    """Why not, and what is the case now; a sentence for people."""
+
+
+def restore(
+    store: Store,
+    paths: Sequence[str],
+    on_progress: Callable[[int, int, str], None] = lambda done, total, path: None,
+    *,
+    catalog: Catalog,
+    claims: Claims | None = None,
+) -> list[Restored]:
+    """Bring back the original of each compacted file at and below ``paths``; one result for each.
+
+    A path that names a file which is not compacted fails; below a folder such files are no result. What was brought
+    back is left alone by compaction until somebody asks for it by name (catalog state ``original``). ``claims``: the
+    mount's; a file that is open there fails. Trouble with one file does not keep the others from being tried. Raises
+    OSError for a path that does not exist."""
+    claims = claims or Claims()
+    named = set(paths)
+    wanted = [found.path for found in walk.files(store, paths) if found.path in named or _is_blob(store, found)]
+    results = []
+    for number, path in enumerate(wanted, 1):
+        on_progress(number, len(wanted), path)
+        try:
+            descriptor = _restore(store, path, claims)
+        except StoreError as error:
+            results.append(Restored(path=path, state="failed", message=str(error)))
+        except OSError as error:
+            message = f"{error.strerror or error}; the file is as it was"
+            results.append(Restored(path=path, state="failed", message=message))
+        else:
+            try:
+                st = os.fstat(descriptor)
+            finally:
+                os.close(descriptor)
+            known = Entry(
+                state="original",
+                message="it was brought back from the undo window",
+                view_size=st.st_size,
+                stored_bytes=st.st_blocks * 512,
+                path=path,
+            )
+            catalog.put(Identity.from_stat(st), known)
+            log.info("%s: the original was brought back", path)
+            results.append(Restored(path=path, state="restored"))
+    return results
+
+
+def _restore(store: Store, path: str, claims: Claims) -> int:
+    """A descriptor of the original, which is back in its place. Raises OSError, StoreError."""
+    blob = beneath(store.root_fd, path, os.O_PATH | os.O_NOFOLLOW)
+    try:
+        st = os.fstat(blob)
+        in_use = StoreError(f"{path} is in use; it was left as it is. Close it and try again.", Problem.BUSY)
+        claim = claims.take((st.st_dev, st.st_ino))
+        if claim is None:
+            raise in_use
+        try:
+            with claims.barrier(claim):
+                if claim.interrupted:
+                    raise in_use
+                return swap.restore(store, path)
+        finally:
+            claims.end(claim)
+    finally:
+        os.close(blob)
+
+
+def _is_blob(store: Store, found: walk.Found) -> bool:
+    if not may_be_blob(found.st):
+        return False
+    try:
+        descriptor = beneath(found.directory, found.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        return examine(store, descriptor, os.fstat(descriptor)) is not None
+    finally:
+        os.close(descriptor)
