@@ -189,12 +189,14 @@ class ControlServer:
                 self._connections.discard(connection)
 
     def _answer(self, connection: socket.socket) -> dict[str, Any]:
-        if _peer_uid(connection) not in (os.geteuid(), 0):
-            return _error("this mount belongs to another user; ask as that user, or as root", ExitCode.PERMISSION)
         connection.settimeout(_REQUEST_SECONDS)
         try:
             with connection.makefile("rb") as lines:
-                request = json.loads(lines.readline(_LONGEST_LINE))
+                line = lines.readline(_LONGEST_LINE)
+            # After reading: a client whose request nobody takes sees a broken pipe instead of this answer.
+            if _peer_uid(connection) not in (os.geteuid(), 0):
+                return _error("this mount belongs to another user; ask as that user, or as root", ExitCode.PERMISSION)
+            request = json.loads(line)
             op = request.pop("op")
             handler = self._handlers[op]
         except (OSError, ValueError, AttributeError, TypeError):

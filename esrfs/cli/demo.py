@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageStat
 
 from esrfs.cli import show
 from esrfs.store import mountpoint
@@ -91,7 +91,7 @@ def _run(place: Path, photographs: Path, out: Path) -> int:
         _esrfs("status", view)
         compacted = [row for row in rows if row["state"] == "blob"]
         if compacted:
-            best = max(compacted, key=lambda row: (row["format"] == "jpeg", row["ratio"]))["path"]
+            best = max(compacted, key=lambda row: (row["scale"] > 1, row["ratio"]))["path"]
             out.mkdir(parents=True, exist_ok=True)
             _draw(photographs / best, store / best, view / best).save(out / "side-by-side.png")
             show.line(f"\n{best} as original, blob and view: {out / 'side-by-side.png'}")
@@ -219,26 +219,44 @@ def _draw(original: Path, blob: Path, view: Path) -> Image.Image:
     sheet = Image.new("RGB", (3 * _PANEL, 2 * _PANEL + _LABEL), "white")
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(15)
-    full_width = 0
+    full_width, corner = 0, (0.0, 0.0)
     for column, (name, path) in enumerate(named):
         with Image.open(path) as opened:
             image: Image.Image = opened.convert("RGB")
         if orientation in _UPRIGHT:  # the blob has no EXIF of its own
             image = image.transpose(_UPRIGHT[orientation])
-        full_width = full_width or image.width
+        if not full_width:
+            full_width, corner = image.width, _liveliest(image)
         # The blob's panel is smaller as its picture is: that is what is stored.
         scale = min(1.0, (_PANEL - 10) / max(image.size) * (image.width / full_width))
         panel = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
         sheet.paste(panel, (column * _PANEL + 5, _LABEL))
         detail = round(_DETAIL * image.width / full_width)
-        left, top = (image.width - detail) // 2, (image.height - detail) // 2
+        left, top = round(corner[0] * image.width), round(corner[1] * image.height)
         crop = image.crop((left, top, left + detail, top + detail))
         sheet.paste(
             crop.resize((_PANEL - 10, _PANEL - 10), Image.Resampling.NEAREST), (column * _PANEL + 5, _LABEL + _PANEL)
         )
-        text = f"{name}\n{path.stat().st_size:,} bytes, {image.width} × {image.height} pixels"
+        text = f"{name}\n{path.stat().st_size:,} bytes, {image.width} x {image.height} pixels"
         pen.multiline_text((column * _PANEL + 8, 4), text, "black", font=font)
     return sheet
+
+
+def _liveliest(image: Image.Image) -> tuple[float, float]:
+    """Left and top, as shares of width and height, of the detail with the most contrast."""
+    gray = image.convert("L")
+    places = [
+        (left, top)
+        for left in range(0, max(1, image.width - _DETAIL), _DETAIL // 2)
+        for top in range(0, max(1, image.height - _DETAIL), _DETAIL // 2)
+    ]
+
+    def contrast(place: tuple[int, int]) -> float:
+        left, top = place
+        return ImageStat.Stat(gray.crop((left, top, left + _DETAIL, top + _DETAIL))).var[0]
+
+    left, top = max(places, key=contrast)
+    return left / image.width, top / image.height
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import select
 import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Annotated
 
 import typer
@@ -79,7 +79,7 @@ def umount(
             os.close(process)
 
 
-def is_mount_helper(program: str, arguments: Sequence[str], commands: Sequence[str]) -> bool:
+def is_mount_helper(program: str, arguments: Sequence[str], commands: Container[str]) -> bool:
     """Whether these arguments come from mount(8) or mount.fuse3 (``STORE DIR [-o …]``) and name no command."""
     if os.path.basename(program).startswith("mount."):
         return True
@@ -111,9 +111,13 @@ def split_options(values: Sequence[str]) -> list[str]:
 
 
 def _mount(store: str, directory: str, options: Sequence[str], foreground: bool) -> int:
-    from esrfs.mount import lifecycle  # noqa: PLC0415 (loads libfuse3: only this command fails where it is missing)
+    return _serve(os.path.abspath(store), os.path.abspath(directory), split_options(options), foreground)
 
-    return lifecycle.run(os.path.abspath(store), os.path.abspath(directory), split_options(options), foreground)
+
+def _serve(store: str, directory: str, options: list[str], foreground: bool) -> int:
+    from esrfs.mount import lifecycle  # noqa: PLC0415 (umount and mount(8)'s questions do without)
+
+    return lifecycle.run(store, directory, options, foreground)
 
 
 def _process_of(place: paths.Place) -> int | None:
