@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.mounting import Mounted
+
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _SHARED = _REPOSITORY.parent / "shared"
 """Images and weights that are not part of the project (see the fixtures below); absent in most places."""
@@ -176,3 +178,26 @@ def large_photograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("large") / "large.jpg"
     photograph("coffee").resize((4000, 3000), Image.Resampling.BICUBIC).save(path, quality=95, exif=_exif())
     return path
+
+
+# ---- a real mount
+
+
+@pytest.fixture
+def mounted(tmp_path: Path, can_mount: None) -> Iterator[Mounted]:
+    """A store that is mounted; compaction runs only when asked (``mounted.compact()``). Its log is checked at the end."""
+    mount = Mounted(tmp_path)
+    try:
+        yield mount.start()
+    finally:
+        mount.clean_up()
+
+
+@pytest.fixture
+def unmounted(tmp_path: Path, can_mount: None) -> Iterator[Mounted]:
+    """As ``mounted``, but the test starts it itself (``unmounted.start(...)``), with options and fault points."""
+    mount = Mounted(tmp_path)
+    try:
+        yield mount
+    finally:
+        mount.clean_up()

@@ -1,11 +1,12 @@
 """The recipe: the record inside a blob that says how to rebuild its view, byte for byte.
 
 This module is the reference for the recipe's format. A recipe is a msgpack map with the field names below (short keys
-would save a few dozen bytes and cost every later reader), compressed by the container (``container.py``). Fields may be added with a default;
-a field's meaning never changes; a reader that meets a larger ``version`` shows the blob as the AVIF it is.
+would save a few dozen bytes and cost every later reader), compressed by the container (``container.py``). Fields may
+be added with a default; a field's meaning never changes; a reader that meets a larger ``version`` shows the blob as
+the AVIF it is.
 
-A view is ``prefix + scan + suffix``. Prefix and suffix are written down here (``Literal`` bytes and runs of one byte), so
-that everything but the compressed pixels is served without a network. Only the scan needs the engine.
+A view is ``prefix + scan + suffix``. Prefix and suffix are written down here (``Literal`` bytes and runs of one
+byte), so that everything but the compressed pixels is served without a network. Only the scan needs the engine.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ Span = Literal | Run
 
 
 class JpegCoding(msgspec.Struct, frozen=True, tag="jpeg"):
-    """How pixels become the entropy-coded data of a baseline JPEG with the standard Huffman tables (ITU-T T.81, annex K)."""
+    """How pixels become the entropy-coded data of a baseline JPEG with the standard Huffman tables (ITU-T T.81, annex
+    K)."""
 
     mode: OneOf["L", "RGB"]
     subsampling: OneOf["4:4:4", "4:2:2", "4:2:0"]
@@ -51,7 +53,13 @@ class PngCoding(msgspec.Struct, frozen=True, tag="png"):
     """The alpha plane (height × width bytes), zlib-compressed, exact; empty for modes without alpha."""
 
 
-Coding = JpegCoding | PngCoding
+class Verbatim(msgspec.Struct, frozen=True, tag="verbatim"):
+    """There is no scan: prefix and suffix are the whole view. So a user's file is kept that is itself a blob of this
+    store (somebody copied it from the store into the mount): wrapped, it comes back bit for bit instead of as a
+    photograph."""
+
+
+Coding = JpegCoding | PngCoding | Verbatim
 
 
 class Scores(msgspec.Struct, frozen=True):

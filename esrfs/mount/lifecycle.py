@@ -34,13 +34,13 @@ from esrfs.cache import ViewCache
 from esrfs.engine.client import Engine, EngineSettings
 from esrfs.exit_codes import ExitCode
 from esrfs.mount import commands, privileges
+from esrfs.mount.guard import guarded
 from esrfs.mount.options import BadOption, MountOptions, parse
 from esrfs.store import linux, recovery
 from esrfs.store.catalog import Catalog
 from esrfs.store.errors import Problem, StoreError
 from esrfs.store.layout import Store, open_store
-from esrfs.store.lease import CompactorLease
-from esrfs.store.mountpoint import protect_mountpoint, unprotect_mountpoint
+from esrfs.store.lease import RENEW_SECONDS, CompactorLease
 from esrfs.upkeep import compact, explain
 from esrfs.upkeep.claims import Claims
 from esrfs.upkeep.compact import CompactionUnavailable, Workshop
@@ -55,7 +55,6 @@ READY_FD_VARIABLE = "ESRFS_READY_FD"
 _START_SECONDS = 60.0
 _LAST_READS_SECONDS = 20.0
 """After a signal, how long reads that wait may still take before they fail."""
-_LEASE_SECONDS = 20.0
 _LOG_BYTES = 4 << 20
 _MNT_DETACH = 2
 _REQUEST_TIMEOUTS = ("/proc/sys/fs/fuse/max_request_timeout", "/proc/sys/fs/fuse/default_request_timeout")
@@ -279,6 +278,7 @@ class Mount:
         self._store = store
         self._mountpoint = mountpoint
         self._options = options
+        self._lease: CompactorLease | None = None
         self._closing = contextlib.ExitStack()
         self._ending = threading.Event()
         self._served = threading.Event()
@@ -288,10 +288,11 @@ class Mount:
     def __enter__(self) -> Mount:
         store, options = self._store, self._options
         with contextlib.ExitStack() as opened:
-            self._lease = CompactorLease(store)
-            opened.callback(self._lease.release)
+            self._guard = opened.enter_context(guarded(self._mountpoint, config.state_directory(store.config.id)))
             if not store.readonly:
-                self._become_compactor()
+                lease = self._lease = CompactorLease(store)
+                opened.callback(lease.close)
+                self._become_compactor(lease)
             self._catalog = Catalog(str(config.state_directory(store.config.id) / "catalog.db"))
             opened.callback(self._catalog.close)
             self._cache = ViewCache(config.cache_directory(store.config.id), options.cache_size, options.cache_floor)
@@ -303,7 +304,7 @@ class Mount:
             opened.callback(self._engine.close)
             claims = Claims()
             self._scheduler = Scheduler(
-                Workshop(store, self._engine, self._catalog, claims, self._lease.held),
+                Workshop(store, self._engine, self._catalog, claims, self._is_compactor),
                 options.quiet,
                 lambda: make_room(store),
             )
@@ -325,9 +326,12 @@ class Mount:
         with self._one_end:
             self._closing.close()
 
-    def _become_compactor(self) -> None:
-        """Take the lease if it is free, and with it finish what a crash cut short."""
-        if self._lease.acquire():
+    def _is_compactor(self) -> bool:
+        return self._lease is not None and self._lease.held
+
+    def _become_compactor(self, lease: CompactorLease) -> None:
+        """Take the lease if it is free, and end what a crash cut short."""
+        if lease.acquire():
             count_day(self._store)
         report = recovery.recover(self._store)
         for path in report.finished + report.undone:
@@ -340,15 +344,15 @@ class Mount:
     def _compaction_state(self) -> str:
         if self._why_no_compaction:
             return f"off: {self._why_no_compaction}"
-        if not self._lease.held():
-            return "off: another mount compacts this store"
+        if not self._is_compactor():
+            return "off: the store is read-only" if self._store.readonly else "off: another mount compacts this store"
         return self._scheduler.state
 
     def serve(self, ready: Callable[[], None]) -> int:
         from esrfs.mount.adapter import Adapter  # noqa: PLC0415 (it loads libfuse3: only now is it needed)
 
         threading.Thread(target=self._wait_for_signal, name="esrfs-signals", daemon=True).start()
-        protected = protect_mountpoint(self._mountpoint)
+        self._guard.before_mount()
         source = self._store.path.replace("\\", "\\\\").replace(",", "\\,")
         libfuse: dict[str, str | bool] = {
             **self._options.libfuse,
@@ -367,14 +371,13 @@ class Mount:
             )
         except RuntimeError as error:
             raise CannotMount(
-                f"{self._mountpoint} could not be mounted (libfuse: status {error}). Is fuse3 installed, and may this user "
-                "mount there?"
+                f"{self._mountpoint} could not be mounted (libfuse: status {error}). Is fuse3 installed, and may this "
+                "user mount there?"
             ) from error
         finally:
             self._ending.set()
             self._served.set()
-            if protected:
-                unprotect_mountpoint(self._mountpoint)
+            self._guard.end()
         log.info("%s is unmounted", self._mountpoint)
         return ExitCode.OK
 
@@ -382,6 +385,7 @@ class Mount:
         """Once libfuse serves: wait until the mount answers, say so, then begin with the work behind it."""
         try:
             os.stat(self._mountpoint)
+            self._guard.protect()
             server = control.ControlServer(
                 control.socket_path(self._store.config.id, self._mountpoint),
                 commands.handlers(
@@ -401,9 +405,9 @@ class Mount:
         log.info("%s is mounted at %s", self._store.path, self._mountpoint)
         ready()
         privileges.notify_service_manager("READY=1")
-        if not self._store.readonly:
-            threading.Thread(target=self._keep_lease, name="esrfs-lease", daemon=True).start()
-            retention = Retention(self._store, self._lease.held)
+        if self._lease is not None:
+            threading.Thread(target=self._keep_lease, args=(self._lease,), name="esrfs-lease", daemon=True).start()
+            retention = Retention(self._store, self._is_compactor)
             retention.start()
             self._closing.callback(retention.stop)
             self._start_compaction()
@@ -420,12 +424,12 @@ class Mount:
             return
         self._scheduler.start()
 
-    def _keep_lease(self) -> None:
-        while not self._ending.wait(_LEASE_SECONDS):
+    def _keep_lease(self, lease: CompactorLease) -> None:
+        while not self._ending.wait(RENEW_SECONDS):
             try:
-                if self._lease.held():
-                    self._lease.renew()
-                elif self._lease.acquire():
+                if lease.held:
+                    lease.renew()
+                elif lease.acquire():
                     log.info("%s: this mount compacts from now on", self._store.path)
             except OSError as error:
                 log.warning("%s: the compactor's lease: %s", self._store.path, error)
@@ -449,7 +453,7 @@ class Mount:
         if not self._served.wait(max(1.0, deadline - time.monotonic())):
             with self._one_end:
                 self._closing.close()
-                unprotect_mountpoint(self._mountpoint)
+                self._guard.end()
                 log.info("%s is unmounted, though programs still have files of it open", self._mountpoint)
                 logging.shutdown()
                 os._exit(ExitCode.OK)

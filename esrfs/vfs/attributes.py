@@ -8,6 +8,7 @@ interpreter's lock; a lost race costs one more look at a blob's last 64 bytes.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from esrfs.store.examine import examine, may_be_blob
 from esrfs.store.identity import Identity
@@ -17,13 +18,15 @@ _MOST = 100_000
 
 
 class Attributes:
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, is_plain: Callable[[tuple[int, int]], bool]) -> None:
+        """``is_plain``: whether (device, inode) is open as a plain file, which its last bytes can't change."""
         self._store = store
+        self._is_plain = is_plain
         self._sizes: dict[Identity, int] = {}
 
     def size(self, directory: int, name: str, st: os.stat_result) -> int:
         """The size that the view shows, in bytes, for the entry ``name`` whose lstat is ``st``."""
-        if not may_be_blob(st):
+        if not may_be_blob(st) or self._is_plain((st.st_dev, st.st_ino)):
             return st.st_size
         identity = Identity.from_stat(st)
         size = self._sizes.get(identity)

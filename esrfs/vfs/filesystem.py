@@ -33,6 +33,7 @@ from esrfs.vfs.descriptor import Descriptor
 from esrfs.vfs.directories import Directories
 from esrfs.vfs.handles import Handle, Handles
 from esrfs.vfs.view import Content, View, Waits
+from esrfs.vfs.wrap import wrap_if_needed
 
 log = logging.getLogger("esrfs.vfs")
 
@@ -98,7 +99,7 @@ class Filesystem:
         self.handles = Handles()
         claims.is_open = self.handles.is_open
         self._directories = Directories(store.root_fd)
-        self.attributes = Attributes(store)
+        self.attributes = Attributes(store, self.handles.is_plain)
         self.waits = Waits(int(threads * _SHARE_OF_THREADS_THAT_MAY_WAIT), wait_seconds)
         self._gives_away = os.geteuid() == 0
 
@@ -543,9 +544,34 @@ class Filesystem:
         (os.fdatasync if data_only else os.fsync)(handle.descriptor)
 
     def release(self, number: int) -> None:
-        handle = self.handles.remove(number)
-        if handle.written and not handle.file.handles and not handle.file.removed:
-            self._on_change(handle.file.path)
+        handle = self.handles.get(number)
+        file = handle.file
+        if not handle.written:
+            self.handles.remove(number)
+            return
+        guard = self._guard_of(handle)
+        self.handles.remove(number)
+        if guard is not None:
+            wrap_if_needed(self.store, file.path, guard.descriptor)
+            self.handles.remove(guard.number)
+        if not file.handles and not file.removed:
+            self._on_change(file.path)
+
+    def _guard_of(self, handle: Handle) -> Handle | None:
+        """A handle that keeps the file shown as plain while it is wrapped; None if it can't be taken for a blob."""
+        file = handle.file
+        if (
+            file.view is not None
+            or file.removed
+            or len(file.handles) > 1
+            or not may_be_blob(os.fstat(handle.descriptor))
+        ):
+            return None
+        try:
+            descriptor = os.open(f"/proc/self/fd/{handle.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        return self.handles.add(file.key, file.path, descriptor, False, None)
 
     # The mount's end.
 

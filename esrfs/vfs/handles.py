@@ -80,6 +80,11 @@ class Handles:
     def is_open(self, key: Key) -> bool:
         return key in self._files
 
+    def is_plain(self, key: Key) -> bool:
+        """Whether the file is open, and no blob."""
+        file = self._files.get(key)
+        return file is not None and file.view is None
+
     def file(self, key: Key) -> OpenFile | None:
         return self._files.get(key)
 

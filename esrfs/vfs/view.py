@@ -114,10 +114,12 @@ class View:
         return self._content
 
     def look_in_cache(self) -> Content | None:
-        """Take the view from the cache, if it is there and was not taken before."""
+        """Take the view from the cache, if it is there and was not taken before; or from the recipe that holds it
+        all."""
         if self._content is None:
-            hit = self._cache.get(self.key)
-            if hit is not None:
+            if self.recipe.scan_length == 0:
+                self._install(self._cache.put(self.key, self._head.read(0, self.size) + self._tail.read(0, self.size)))
+            elif (hit := self._cache.get(self.key)) is not None:
                 self._install(hit)
         return self._content
 

@@ -1,0 +1,106 @@
+"""The life of a mount: start, use, end, crash, start again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.mounting import Mounted, exiftool
+
+pytestmark = pytest.mark.mount
+
+
+def test_photographs_go_in_shrink_and_come_back(mounted: Mounted, photographs: Path) -> None:
+    subprocess.run(["cp", "-a", f"{photographs}/.", str(mounted.path)], check=True)
+    result = mounted.compact()
+    assert result["compacted"] >= 5, mounted.log()
+    for source in sorted(path for path in photographs.rglob("*") if path.is_file()):
+        relative = str(source.relative_to(photographs))
+        view = mounted.path / relative
+        ours, theirs = view.stat(), source.stat()
+        assert (ours.st_size, ours.st_mtime_ns, ours.st_mode) == (theirs.st_size, theirs.st_mtime_ns, theirs.st_mode)
+        known = mounted.explain(relative)
+        if known["state"] == "blob":
+            assert known["stored_bytes"] < source.stat().st_size
+            assert len(view.read_bytes()) == source.stat().st_size
+            if shutil.which("exiftool"):
+                assert exiftool(view) == exiftool(source), relative
+        else:
+            assert view.read_bytes() == source.read_bytes()
+
+
+def test_the_mount_process_stays_small_and_without_torch(mounted: Mounted, photographs: Path) -> None:
+    shutil.copy(photographs / "coffee.jpg", mounted.path)
+    mounted.compact()
+    assert (mounted.path / "coffee.jpg").read_bytes()
+    assert mounted.process is not None
+    maps = Path(f"/proc/{mounted.process.pid}/maps").read_text()
+    assert "torch" not in maps
+    assert "numpy" not in maps
+
+
+def test_views_are_the_same_after_cache_clear_and_remount(mounted: Mounted, photographs: Path) -> None:
+    shutil.copy(photographs / "astronaut.jpg", mounted.path)
+    mounted.compact()
+    view = mounted.path / "astronaut.jpg"
+    first = view.read_bytes()
+    mounted.call("cache-clear")
+    assert view.read_bytes() == first
+    assert mounted.stop() == 0
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"])
+    mounted.start()
+    assert view.read_bytes() == first
+
+
+def test_a_killed_mount_is_no_empty_directory_and_is_mounted_again(mounted: Mounted, photographs: Path) -> None:
+    mounted.expected.append("a dead mount of esrfs is there")
+    shutil.copy(photographs / "coffee.jpg", mounted.path)
+    mounted.kill()
+    with pytest.raises(OSError, match="Transport endpoint is not connected"):
+        os.listdir(mounted.path)
+    subprocess.run(["umount", "-l", str(mounted.path)], check=True)
+    assert mounted.path.stat().st_mode & 0o222 == 0, "below the dead mount nobody should write"
+    mounted.start()
+    assert (mounted.path / "coffee.jpg").read_bytes() == (photographs / "coffee.jpg").read_bytes()
+    mounted.stop()
+    assert mounted.path.stat().st_mode & 0o777 == 0o755, "a clean end leaves the directory as it was"
+
+
+def test_background_mount_and_umount_by_command(unmounted: Mounted) -> None:
+    esrfs = [sys.executable, "-m", "esrfs.cli.main"]
+    subprocess.run([*esrfs, "mount", str(unmounted.store), str(unmounted.path)], check=True, timeout=30)
+    (unmounted.path / "file").write_text("text")
+    again = subprocess.run(
+        [*esrfs, "mount", str(unmounted.store), str(unmounted.path)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert again.returncode == 7
+    assert "mounted already" in again.stderr
+    subprocess.run([*esrfs, "umount", str(unmounted.path)], check=True, timeout=30)
+    assert os.listdir(unmounted.path) == []
+    assert (unmounted.store / "file").read_text() == "text"
+
+
+def test_mount_refuses_what_would_hide_files(unmounted: Mounted) -> None:
+    (unmounted.path / "in the way").touch()
+    esrfs = [sys.executable, "-m", "esrfs.cli.main", "mount", str(unmounted.store)]
+    refused = subprocess.run([*esrfs, str(unmounted.path)], capture_output=True, text=True, timeout=30, check=False)
+    assert refused.returncode == 5
+    assert "not empty" in refused.stderr
+    inside = unmounted.store / "inside"
+    inside.mkdir()
+    refused = subprocess.run([*esrfs, str(inside)], capture_output=True, text=True, timeout=30, check=False)
+    assert refused.returncode == 5
+    unknown = subprocess.run(
+        [*esrfs, str(unmounted.path), "-o", "colour=blue"], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert unknown.returncode == 2
+    assert "colour=blue" in unknown.stderr
