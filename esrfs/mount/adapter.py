@@ -278,6 +278,8 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
         info.fh = opened.number
         info.direct_io = opened.direct_io
         info.keep_cache = opened.keep_cache
+        if not opened.flushes:
+            info.noflush = 1  # one message less at each close
 
     def create(self, path: bytes, mode: int, info: Any) -> None:
         self._tell(info.contents, self._fs.create(_name(path), info.contents.flags, mode, _caller()))

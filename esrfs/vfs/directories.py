@@ -19,15 +19,42 @@ from esrfs.vfs.descriptor import Descriptor
 
 _LIFE_SECONDS = 1.0
 _MOST = 256
+DEFAULT_ACL = "system.posix_acl_default"
+
+
+class Directory(Descriptor):
+    """An open directory, and what was found out about it in the second that it is kept."""
+
+    __slots__ = ("_acl", "_acl_until")
+
+    def __init__(self, number: int, owned: bool = True) -> None:
+        super().__init__(number, owned)
+        self._acl = False
+        self._acl_until = 0.0
+
+    def has_default_acl(self) -> bool:
+        """Whether what is created here gets its permissions from a default ACL instead of the umask."""
+        now = time.monotonic()
+        if now >= self._acl_until:
+            try:
+                os.getxattr(f"/proc/self/fd/{self.number}", DEFAULT_ACL)
+                self._acl = True
+            except OSError:
+                self._acl = False
+            self._acl_until = now + _LIFE_SECONDS
+        return self._acl
+
+    def forget_acl(self) -> None:
+        self._acl_until = 0.0
 
 
 class Directories:
     def __init__(self, root: int) -> None:
-        self._root = Descriptor(root, owned=False)
+        self._root = Directory(root, owned=False)
         self._lock = threading.Lock()
-        self._entries: OrderedDict[str, tuple[Descriptor, float]] = OrderedDict()
+        self._entries: OrderedDict[str, tuple[Directory, float]] = OrderedDict()
 
-    def parent(self, path: str) -> tuple[Descriptor, str]:
+    def parent(self, path: str) -> tuple[Directory, str]:
         """The directory that holds ``path`` (relative to the root) and the last component; ``.`` for the root itself.
 
         Keep the returned object alive as long as its descriptor is in use. Raises OSError.
@@ -40,7 +67,7 @@ class Directories:
             entry = self._entries.get(head)
         if entry is not None and now < entry[1]:
             return entry[0], name
-        directory = Descriptor(beneath(self._root.number, head, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        directory = Directory(beneath(self._root.number, head, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         with self._lock:
             self._entries[head] = (directory, now + _LIFE_SECONDS)
             self._entries.move_to_end(head)
@@ -49,7 +76,9 @@ class Directories:
         return directory, name
 
     def forget(self, path: str) -> None:
-        """``path`` was renamed or removed: forget it and everything below it."""
+        """``path`` was renamed or removed, or its ACL changed: forget it and everything below it."""
+        if not path:
+            self._root.forget_acl()
         prefix = path + "/"
         with self._lock:
             for key in [key for key in self._entries if key == path or key.startswith(prefix)]:

@@ -16,7 +16,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from esrfs.cache import ViewCache
 from esrfs.engine.client import Engine
@@ -30,7 +30,7 @@ from esrfs.upkeep.claims import Claims
 from esrfs.vfs import native, xattrs
 from esrfs.vfs.attributes import Attributes
 from esrfs.vfs.descriptor import Descriptor
-from esrfs.vfs.directories import Directories
+from esrfs.vfs.directories import DEFAULT_ACL, Directories, Directory
 from esrfs.vfs.handles import Handle, Handles
 from esrfs.vfs.view import Content, View, Waits
 from esrfs.vfs.wrap import wrap_if_needed
@@ -41,12 +41,10 @@ _PASSED_TO_STORE = os.O_ACCMODE | os.O_APPEND | os.O_DSYNC | os.O_SYNC
 """O_DIRECT would demand aligned buffers, O_NOATIME the owner's rights; both are between program and mount."""
 _ALWAYS = os.O_NOFOLLOW | os.O_CLOEXEC
 _TRIES = 16
-_DEFAULT_ACL = "system.posix_acl_default"
 _SHARE_OF_THREADS_THAT_MAY_WAIT = 0.75
 
 
-@dataclass(frozen=True)
-class Caller:
+class Caller(NamedTuple):
     """Who asks, for what is created."""
 
     uid: int
@@ -54,17 +52,17 @@ class Caller:
     umask: int
 
 
-@dataclass(frozen=True)
-class Opened:
+class Opened(NamedTuple):
     """A handle, and how the kernel may cache its reads."""
 
     number: int
-    keep_cache: bool
-    direct_io: bool
+    keep_cache: bool = False
+    direct_io: bool = False
+    flushes: bool = True
+    """Whether :meth:`Filesystem.flush` has anything to do for this handle."""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A directory entry, with attributes where they were asked for."""
 
     name: str
@@ -136,12 +134,12 @@ class Filesystem:
 
     def mknod(self, path: str, mode: int, device: int, caller: Caller) -> None:
         directory, name = self._directories.parent(self._creatable(path))
-        os.mknod(name, self._mode(directory.number, mode, caller), device, dir_fd=directory.number)
+        os.mknod(name, self._mode(directory, mode, caller), device, dir_fd=directory.number)
         self._give(directory.number, name, mode, caller)
 
     def mkdir(self, path: str, mode: int, caller: Caller) -> None:
         directory, name = self._directories.parent(self._creatable(path))
-        os.mkdir(name, self._mode(directory.number, mode, caller), dir_fd=directory.number)
+        os.mkdir(name, self._mode(directory, mode, caller), dir_fd=directory.number)
         self._give(directory.number, name, 0, caller)
 
     def symlink(self, target: str, path: str, caller: Caller) -> None:
@@ -149,13 +147,10 @@ class Filesystem:
         os.symlink(target, name, dir_fd=directory.number)
         self._give(directory.number, name, 0, caller)
 
-    def _mode(self, directory: int, mode: int, caller: Caller) -> int:
+    @staticmethod
+    def _mode(directory: Directory, mode: int, caller: Caller) -> int:
         """``mode`` less the umask, which does not count where the parent has a default ACL (the store applies that)."""
-        try:
-            os.getxattr(f"/proc/self/fd/{directory}", _DEFAULT_ACL)
-        except OSError:
-            return mode & ~caller.umask
-        return mode
+        return mode if directory.has_default_acl() else mode & ~caller.umask
 
     def _give(self, directory: int, name: str, mode: int, caller: Caller) -> None:
         """A mount run by root creates in the caller's name; the group stays where the parent's set-group-id bit gave
@@ -290,6 +285,8 @@ class Filesystem:
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         directory, last = self._directories.parent(self._visible(path))
         os.setxattr(f"/proc/self/fd/{directory.number}/{last}", name, value, flags, follow_symlinks=False)
+        if name == DEFAULT_ACL:
+            self._directories.forget(path)
 
     def listxattr(self, path: str) -> list[str]:
         directory, last = self._directories.parent(self._visible(path))
@@ -300,6 +297,8 @@ class Filesystem:
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         directory, last = self._directories.parent(self._visible(path))
         os.removexattr(f"/proc/self/fd/{directory.number}/{last}", name, follow_symlinks=False)
+        if name == DEFAULT_ACL:
+            self._directories.forget(path)
 
     # Directories.
 
@@ -312,18 +311,20 @@ class Filesystem:
         """All entries but ``.`` and ``..``; the reserved directory is left out of the root's."""
         descriptor = self.handles.directory(number)
         at_root = os.path.sameopenfile(descriptor, self.store.root_fd)
-        with os.scandir(descriptor) as entries:
-            for entry in entries:
-                if at_root and entry.name == RESERVED:
-                    continue
-                attributes, size = None, 0
-                if with_attributes:
-                    try:
-                        attributes = os.stat(entry.name, dir_fd=descriptor, follow_symlinks=False)
-                    except OSError:
-                        continue  # removed since
-                    size = self.attributes.size(descriptor, entry.name, attributes)
-                yield Entry(entry.name, attributes, size, entry.inode(), _kind(entry))
+        if not with_attributes:
+            with os.scandir(descriptor) as entries:
+                for entry in entries:
+                    if not (at_root and entry.name == RESERVED):
+                        yield Entry(entry.name, None, 0, entry.inode(), _kind(entry))
+            return
+        for name in os.listdir(descriptor):
+            if at_root and name == RESERVED:
+                continue
+            try:
+                st = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+            except OSError:
+                continue  # removed since
+            yield Entry(name, st, self.attributes.size(descriptor, name, st), st.st_ino, st.st_mode)
 
     def releasedir(self, number: int) -> None:
         self.handles.remove_directory(number)
@@ -337,9 +338,7 @@ class Filesystem:
         directory, name = self._directories.parent(self._creatable(path))
         create_flags = (flags & _PASSED_TO_STORE) | os.O_CREAT | os.O_EXCL | _ALWAYS
         try:
-            descriptor = os.open(
-                name, create_flags, self._mode(directory.number, mode, caller), dir_fd=directory.number
-            )
+            descriptor = os.open(name, create_flags, self._mode(directory, mode, caller), dir_fd=directory.number)
         except FileExistsError:
             if flags & os.O_EXCL:
                 raise
@@ -353,72 +352,70 @@ class Filesystem:
             os.close(descriptor)
             raise
         handle.written = True
-        self.handles.admit(handle, path, Identity.from_stat(st))
-        return Opened(handle.number, keep_cache=False, direct_io=False)
+        self.handles.admit(handle, path, _identity(st))
+        return Opened(handle.number)
 
     def open(self, path: str, flags: int) -> Opened:
         self._visible(path)
         for _ in range(_TRIES):
-            handle = self._open_once(path, flags)
-            if handle is not None:
-                break
-        else:
-            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-        try:
-            if handle.writable:
-                self._prepare_for_writing(handle, flags)
-            return self._admit(handle, path)
-        except BaseException:
-            self.handles.remove(handle.number)
-            raise
+            opened = self._open_once(path, flags)
+            if opened is not None:
+                return opened
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
-    def _open_once(self, path: str, flags: int) -> Handle | None:
-        """A handle in the table; None when the name came to mean another file meanwhile, so that it has to be tried
-        again."""
+    def _open_once(self, path: str, flags: int) -> Opened | None:
+        """None when the name came to mean another file meanwhile, so that it has to be tried again."""
         directory, name = self._directories.parent(path)
-        descriptor, view = self._open_as_view(directory.number, name, path)
-        if descriptor is None:
-            descriptor = os.open(name, (flags & _PASSED_TO_STORE) | _ALWAYS, dir_fd=directory.number)
+        descriptor = os.open(name, (flags & _PASSED_TO_STORE) | _ALWAYS, dir_fd=directory.number)
+        view = None
         try:
             st = os.fstat(descriptor)
+            if may_be_blob(st):
+                descriptor, view = self._as_view(descriptor, st, flags, path)
             handle = self.handles.add((st.st_dev, st.st_ino), path, descriptor, _is_writable(flags), view)
         except BaseException:
             os.close(descriptor)
             raise
-        claimed = self.claims.enter(handle.file.key)
-        turned_plain = view is not None and handle.file.view is None
-        in_doubt = claimed or view is not None or handle.writable
-        if turned_plain or (in_doubt and not self._is_still(directory.number, name, st)):
+        try:
+            claimed = self.claims.enter(handle.file.key)
+            turned_plain = view is not None and handle.file.view is None
+            in_doubt = claimed or view is not None or handle.writable
+            if turned_plain or (in_doubt and not self._is_still(directory.number, name, st)):
+                self.handles.remove(handle.number)
+                return None
+            if handle.writable:
+                self._prepare_for_writing(handle, flags)
+                st = os.fstat(handle.descriptor)
+            return self._admit(handle, path, st)
+        except BaseException:
             self.handles.remove(handle.number)
-            return None
-        return handle
+            raise
 
     @staticmethod
     def _is_still(directory: int, name: str, st: os.stat_result) -> bool:
-        return os.path.samestat(st, os.stat(name, dir_fd=directory, follow_symlinks=False))
+        try:
+            return os.path.samestat(st, os.stat(name, dir_fd=directory, follow_symlinks=False))
+        except FileNotFoundError:
+            return False
 
-    def _open_as_view(self, directory: int, name: str, path: str) -> tuple[int | None, View | None]:
-        """Open a blob for reading, however the program asked: a blob itself is never written to. (None, None) if it
-        is none."""
-        st = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        if not may_be_blob(st):
-            return None, None
-        known = self.handles.file((st.st_dev, st.st_ino))
-        if known is not None and known.view is None:
-            return None, None  # it is being written: no blob, whatever its last bytes look like just now
+    def _as_view(self, descriptor: int, st: os.stat_result, flags: int, path: str) -> tuple[int, View | None]:
+        """(descriptor, view) for what is open as ``descriptor``, if it is a blob: then opened for reading only, however
+        the program asked, as a blob itself is never written to. Else ``descriptor`` as it is, and None."""
+        if self.handles.is_plain((st.st_dev, st.st_ino)):
+            return descriptor, None  # it is being written: no blob, whatever its last bytes look like just now
+        reader = descriptor
+        if _is_writable(flags):
+            try:
+                reader = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+            except PermissionError:
+                return descriptor, None
+        view = None
         try:
-            descriptor = os.open(name, os.O_RDONLY | _ALWAYS, dir_fd=directory)
-        except PermissionError:
-            return None, None
-        try:
-            view = self._view_of(descriptor, os.fstat(descriptor), path)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        if view is None:
-            os.close(descriptor)
-            return None, None
-        return descriptor, view
+            view = self._view_of(reader, st, path)
+        finally:
+            if reader != descriptor:
+                os.close(reader if view is None else descriptor)
+        return (descriptor, None) if view is None else (reader, view)
 
     def _view_of(self, descriptor: int, st: os.stat_result, path: str) -> View | None:
         blob = examine(self.store, descriptor, st)
@@ -442,17 +439,17 @@ class Filesystem:
         elif handle.file.view is not None:
             self._content(handle, handle.file.view)
 
-    def _admit(self, handle: Handle, path: str) -> Opened:
+    def _admit(self, handle: Handle, path: str, st: os.stat_result) -> Opened:
         view = handle.file.view
-        identity: object = Identity.from_stat(os.fstat(handle.descriptor))
+        identity: object = _identity(st)
         if view is not None:
             content = view.look_in_cache()
             if content is None:
                 # Until it is rebuilt: the kernel's read-ahead must not ask for pixels that the program never reads.
-                return Opened(handle.number, keep_cache=False, direct_io=True)
+                return Opened(handle.number, direct_io=True)
             identity = (identity, content.sha256)
         keep, direct = self.handles.admit(handle, path, identity)
-        return Opened(handle.number, keep_cache=keep, direct_io=direct)
+        return Opened(handle.number, keep, direct, flushes=handle.writable or view is not None)
 
     def read_into(self, number: int, address: int, size: int, offset: int) -> int:
         """Read up to ``size`` bytes at ``offset`` to memory at ``address``; the number of bytes, 0 at the end."""
@@ -500,7 +497,7 @@ class Filesystem:
         if view is None:
             return
         content = self._content(handle, view) if keep_content else None
-        with file.changing:
+        with self.handles.changing:
             if file.view is not view:  # another handle was first
                 return
 
@@ -591,6 +588,11 @@ class Filesystem:
         """Let nobody wait any longer: the mount ends."""
         self.waits.ending = True
         self._engine.close()
+
+
+def _identity(st: os.stat_result) -> tuple[int, ...]:
+    """As ``store.identity.Identity``, in the form that is cheapest to make: this runs at every open."""
+    return (st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
 
 
 def _is_writable(flags: int) -> bool:

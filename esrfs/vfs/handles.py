@@ -3,7 +3,7 @@
 A handle follows the inode, not the path (editors rename files that are still open). All handles of one inode share an
 :class:`OpenFile`, so that they turn together when a blob becomes a plain file.
 
-Lock order: ``OpenFile.changing`` (held while a blob becomes a plain file, which writes to the disk), then
+Lock order: ``Handles.changing`` (held while a blob becomes a plain file, which writes to the disk), then
 ``Handles._lock`` (dictionaries only, never held across a system call that waits).
 """
 
@@ -24,7 +24,7 @@ Key = tuple[int, int]
 _MOST_PATHS = 50_000
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class OpenFile:
     """One inode that is open in this mount."""
 
@@ -34,12 +34,11 @@ class OpenFile:
     view: View | None
     """Set while the file is a blob; None for a plain file."""
     handles: set[Handle] = field(default_factory=set)
-    changing: threading.Lock = field(default_factory=threading.Lock)
     removed: bool = False
     """Its last known name was removed through this mount."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Handle:
     number: int
     file: OpenFile
@@ -52,7 +51,7 @@ class Handle:
     written: bool = False
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Pages:
     """Whose bytes the kernel's page cache holds for a path (each path has pages of its own in FUSE's high-level
     API)."""
@@ -64,6 +63,7 @@ class Pages:
 
 class Handles:
     def __init__(self) -> None:
+        self.changing = threading.Lock()
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._handles: dict[int, Handle] = {}
