@@ -146,6 +146,15 @@ def test_damage_to_the_recipe_is_told(offset: int, value: int) -> None:
         assert container.unpack(bytes(data)).recipe == make_recipe()  # only padding was hit
 
 
+@given(offset=st.integers(0, 10_000), value=st.integers(1, 255))
+def test_damage_to_the_picture_is_told(offset: int, value: int) -> None:
+    picture = bytes(range(200))
+    data = bytearray(packed(picture))
+    data[offset % len(picture)] ^= value
+    with pytest.raises(container.BlobDamaged, match="picture"):
+        container.unpack(bytes(data))
+
+
 def test_cut_blob_is_told(opened: Callable[[bytes], tuple[int, int]]) -> None:
     data = packed(b"x" * 1000)
     fd, size = opened(data[-(64 * 2 + 13) :])

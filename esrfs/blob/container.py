@@ -7,6 +7,7 @@ This docstring is the format's reference::
       u32       size             of the box, this field included
       4 bytes   'uuid'
       16 bytes  BOX_UUID
+      u32       CRC-32           of the AVIF: a picture that rotted on its disk is never shown
       payload   payload_length   the encoded recipe (recipe.py), zlib-compressed if flag 1 is set
       zeros     0 to 63          padding, so that the file's size is 13 mod 64
       footer    64 bytes         the last thing in the box, and so in the file
@@ -59,7 +60,8 @@ _SIGNED = struct.Struct(">5sBBB16sQIII")
 _MAC_BYTES = 16
 _CRC = struct.Struct(">I")
 _BOX_HEADER = struct.Struct(">I4s")
-_SMALLEST_BOX = _BOX_HEADER.size + len(BOX_UUID) + FOOTER_BYTES
+_BEFORE_PAYLOAD = _BOX_HEADER.size + len(BOX_UUID) + _CRC.size
+_SMALLEST_BOX = _BEFORE_PAYLOAD + FOOTER_BYTES
 _BOXES_TO_WALK = 64
 _RECIPE_LIMIT = 1 << 30
 """A payload may not inflate beyond this many bytes; a recipe holds all that follows the picture, even a video."""
@@ -132,7 +134,8 @@ def pack(avif: bytes, recipe: bytes, store_id: bytes, key: bytes) -> bytes:
     )
     footer = signed + _mac(signed, key)
     footer += _CRC.pack(zlib.crc32(footer))
-    return b"".join((avif, _BOX_HEADER.pack(length, b"uuid"), BOX_UUID, payload, bytes(padding), footer))
+    box_start = _BOX_HEADER.pack(length, b"uuid") + BOX_UUID + _CRC.pack(zlib.crc32(avif))
+    return b"".join((avif, box_start, payload, bytes(padding), footer))
 
 
 def may_be_blob(size: int) -> bool:
@@ -172,12 +175,15 @@ def read_recipe(fd: int, size: int, footer: Footer | None = None) -> Recipe | No
 def unpack(data: bytes) -> Blob:
     """Take a whole blob apart, wherever its box lies.
 
-    Raises NotABlob if there is no box of ours, BlobDamaged if there is one that doesn't agree with its footer.
+    Raises NotABlob if there is no box of ours, BlobDamaged if there is one that doesn't agree with its footer or with
+    the picture. A picture whose box was moved was rewritten, so it can't be checked.
     """
     footer = _parse(data[-FOOTER_BYTES:])
     if footer is not None and footer.box_length <= len(data):
         start = len(data) - footer.box_length
         avif = data[:start]
+        if data[start + _BEFORE_PAYLOAD - _CRC.size : start + _BEFORE_PAYLOAD] != _CRC.pack(zlib.crc32(avif)):
+            raise BlobDamaged("the blob's picture is damaged: its checksum differs")
     else:
         found = _walk(lambda offset, count: data[offset : offset + count], len(data))
         if found is None:
@@ -221,7 +227,7 @@ def _payload(box: bytes, footer: Footer) -> bytes:
     header = _BOX_HEADER.pack(footer.box_length, b"uuid") + BOX_UUID
     if len(box) != footer.box_length or not box.startswith(header) or not box.endswith(footer.raw):
         raise BlobDamaged("the blob's footer names a recipe box that isn't there; the file was cut or overwritten")
-    stored = box[len(header) : len(header) + footer.payload_length]
+    stored = box[_BEFORE_PAYLOAD : _BEFORE_PAYLOAD + footer.payload_length]
     if zlib.crc32(stored) != footer.payload_crc:
         raise BlobDamaged("the blob's recipe is damaged: its checksum differs")
     if not footer.compressed:
