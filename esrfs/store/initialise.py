@@ -257,13 +257,13 @@ def _what_marks(directory: str, names: set[str]) -> str | None:
         )
     if ".nextcloudsync.log" in names or ".owncloudsync.log" in names or any(map(_OWN_SYNC.fullmatch, names)):
         return (
-            "mirrored by Nextcloud or ownCloud: rebuilt pictures would replace the originals on your other devices. Remove "
-            "the folder from its client first, or make a store of a copy."
+            "mirrored by Nextcloud or ownCloud: rebuilt pictures would replace the originals on your other devices. "
+            "Remove the folder from its client first, or make a store of a copy."
         )
     if ".dropbox.cache" in names or ".dropbox" in names:
         return (
-            "mirrored by Dropbox: rebuilt pictures would replace the originals on your other devices. Use a folder outside "
-            "Dropbox."
+            "mirrored by Dropbox: rebuilt pictures would replace the originals on your other devices. Use a folder "
+            "outside Dropbox."
         )
     if {"config", "data", "index", "keys", "snapshots"} <= names:
         return "a restic repository: its files are backups, known by their content. Keep it outside any store."

@@ -265,8 +265,8 @@ def _end_plain(store: Store, step: ToPlain, report: Report) -> str | None:
             return None
         if not held.is_inode(step.blob):
             return _back(store, step, named, (directory, name), report)
-        if held.metadata() != step.blob.metadata and named.as_marked(step.plain):
-            metadata.apply(named.fd, metadata.snapshot(held.fd))  # a chmod at the last moment
+        if named.as_marked(step.plain):
+            metadata.apply(named.fd, metadata.snapshot(held.fd))  # should a chmod have come at the last moment
         _sync(store, directory)
         _discard(store, step.staging, step.blob, report, "")
         return None
@@ -293,9 +293,7 @@ def _end_in_place(store: Store, step: ToPlain, report: Report) -> str | None:
                 os.utime(target, ns=(st.st_atime_ns, step.plain.mtime_ns))  # which reserving room had changed
                 return _discard(store, step.staging, step.plain, report, "the process died before it wrote a byte")
             report.found.append(_copy_aside(store, target))
-            wanted = metadata.snapshot(target)
             copy_over(held.fd, target)
-            metadata.apply(target, wanted)
         os.utime(target, ns=(os.fstat(target).st_atime_ns, step.plain.mtime_ns))
         os.fsync(target)
         staging.remove(store, step.staging)

@@ -230,11 +230,11 @@ def _swap(
         raise
     work = _Work(request, intent, blob_fd)
     try:
-        faults.reach("swap.intended")
-        _same_content(store, source_fd, sha256_original)
-        with ExitStack() as holding:
+        with work.abandoned_on_error(), ExitStack() as holding:
+            faults.reach("swap.intended")
+            _same_content(store, source_fd, sha256_original)
             holding.enter_context(barrier)
-            with _lease(store, source_fd) as broken:
+            with _lease(store, source_fd) as broken, work.abandoned_on_error():
                 faults.reach("swap.leased")
                 _check(request)
                 faults.reach("swap.checked")
@@ -242,12 +242,9 @@ def _swap(
                     _link_and_rename(work, holding)
                 else:
                     _exchange_and_look(work, wanted, broken, holding)
-                work.complete = True
+                work.ended = True
         _best_effort(store, Done(job=intent.job))
         faults.reach("swap.done")
-    except BaseException as error:
-        work.abandon(str(error) or type(error).__name__)
-        raise
     finally:
         identity = Identity.from_stat(os.fstat(blob_fd))
         os.close(blob_fd)
@@ -350,13 +347,22 @@ class _Work:
     """… or, then, in the window."""
     linked: bool = False
     """(Exclusive stores.) The original has a second name in the window."""
-    complete: bool = False
-    """Nothing is left to take back."""
+    ended: bool = False
+    """Done, or taken back."""
 
-    def abandon(self, why: str) -> None:
+    @contextmanager
+    def abandoned_on_error(self) -> Iterator[None]:
+        """Inside the lease, so that a writer who waits for it finds the original under its name again."""
+        try:
+            yield
+        except BaseException as error:
+            if not self.ended:
+                self.ended = True
+                self._abandon(str(error) or type(error).__name__)
+            raise
+
+    def _abandon(self, why: str) -> None:
         """Take everything back; a newer truth under the name stays. Never raises: what fails is left to recovery."""
-        if self.complete:
-            return
         store, intent = self.request.store, self.intent
         try:
             if self.exchanged:
@@ -450,7 +456,7 @@ def _link_and_rename(work: _Work, holding: ExitStack) -> None:
         raise _GiveUp(SwapStatus.BUSY, "it was opened while it was being compacted")
     faults.reach("swap.looked")
     os.rename(intent.staging, request.name, src_dir_fd=store.staging_fd, dst_dir_fd=request.directory)
-    work.complete = True
+    work.ended = True
     holding.close()
     faults.reach("swap.directories_synced")
     os.fsync(request.directory)
@@ -580,7 +586,7 @@ def _make_plain(work: _PlainWork, path: str | None) -> int | None:
                 named = staging.look(directory, name)
                 if named is not None and (named.st_dev, named.st_ino) == (st.st_dev, st.st_ino):
                     return fd if _exchange_for_plain(work, path, directory, name, before) else None
-    return _overwrite(work, path, before)
+    return _overwrite(work, path)
 
 
 def _intend_plain(work: _PlainWork, path: str | None, parent_ino: int, *, in_place: bool) -> ToPlain:
@@ -607,6 +613,7 @@ def _exchange_for_plain(work: _PlainWork, path: str, directory: int, name: str, 
     try:
         exchange.exchange(store.staging_fd, staged, directory, name)
     except OSError as error:
+        # A name that is gone stays gone; the next attempt finds out what the blob is called now, if anything.
         _best_effort(store, Undone(job=intent.job, why=str(error)))
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return False
@@ -618,8 +625,8 @@ def _exchange_for_plain(work: _PlainWork, path: str, directory: int, name: str, 
         ours = (out.st_dev, out.st_ino) == (os.fstat(work.blob_fd).st_dev, intent.blob.ino)
         if ours:
             now = metadata.snapshot(work.blob_fd)
-            if metadata.digest(now) != intent.blob.metadata:
-                metadata.apply(work.fd, replace(now, mtime_ns=before.mtime_ns))  # a chmod at the last moment
+            if metadata.difference(before, now):
+                metadata.apply(work.fd, now)  # a chmod, at the last moment
             faults.reach("plain.looked")
             os.fsync(directory)
             os.fsync(store.staging_fd)
@@ -654,31 +661,30 @@ def _give_name_back(work: _PlainWork, intent: ToPlain, directory: int, name: str
     _best_effort(store, Undone(job=intent.job, why="somebody else had the name, or a step failed"))
 
 
-def _overwrite(work: _PlainWork, path: str | None, before: Metadata) -> int:
+def _overwrite(work: _PlainWork, path: str | None) -> int:
     """Write the plain file's bytes into the blob's own inode, which has names that we don't know."""
     store = work.store
     # Through /proc: opens the very inode, whatever became of its name.
     fd = os.open(f"/proc/self/fd/{work.blob_fd}", os.O_RDWR | os.O_CLOEXEC)
     with _closing_on_error(fd):
         blob = _read_all(fd)
-        size = os.fstat(work.fd).st_size
+        st = os.fstat(fd)
         try:
-            linux.reserve(fd, size)
-        except OSError:
-            os.ftruncate(fd, len(blob))  # lets go of what could be reserved
-            metadata.apply(fd, before)
+            linux.reserve(fd, os.fstat(work.fd).st_size)
+            intent = _intend_plain(work, path, 0, in_place=True)
+        except BaseException:
+            _rewrite(fd, blob, st)  # lets go of what was reserved
             raise
-        intent = _intend_plain(work, path, 0, in_place=True)
-        faults.reach("plain.intended")
         work.pending = True
         try:
+            faults.reach("plain.intended")
             copy_over(work.fd, fd)
             faults.reach("plain.in_place")
-            metadata.apply(fd, before)
+            os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
             os.fsync(fd)
         except BaseException as error:
             try:
-                _rewrite(fd, blob, before)
+                _rewrite(fd, blob, st)
             except OSError as again:
                 # The complete copy stays in staging, and the step pending: the next mount ends it.
                 _log.error("a blob is half overwritten (%s, then %s); the next mount completes it", error, again)
@@ -707,10 +713,10 @@ def copy_over(from_fd: int, to_fd: int) -> None:
     os.ftruncate(to_fd, offset)
 
 
-def _rewrite(fd: int, content: bytes, before: Metadata) -> None:
+def _rewrite(fd: int, content: bytes, before: os.stat_result) -> None:
     _pwrite(fd, content, 0)
     os.ftruncate(fd, len(content))
-    metadata.apply(fd, before)
+    os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
     os.fsync(fd)
 
 
