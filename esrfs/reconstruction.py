@@ -16,7 +16,7 @@ from PIL import Image
 
 from esrfs import formats
 from esrfs.blob import recipe as recipe_format
-from esrfs.blob.recipe import JpegCoding, Recipe
+from esrfs.blob.recipe import JpegCoding, Recipe, Verbatim
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -57,6 +57,8 @@ def rebuild(recipe: Recipe, avif: bytes, infer: Infer) -> bytes:
 
     Raises ReconstructionError, ImplausibleError, and what ``infer`` raises.
     """
+    if isinstance(recipe.coding, Verbatim):
+        return recipe_format.expand(recipe.prefix) + recipe_format.expand(recipe.suffix)
     plan = Plan(
         width=recipe.width,
         height=recipe.height,
@@ -76,36 +78,44 @@ def rebuild(recipe: Recipe, avif: bytes, infer: Infer) -> bytes:
 
 
 def decode_small(plan: Plan, avif: bytes) -> Pixels:
-    """The blob's picture, h×w×3 RGB. Raises ReconstructionError if it is damaged or not of the size that ``plan``
-    says."""
+    """The blob's picture, h×w×3 RGB, h×w×1 for gray. Raises ReconstructionError if it is damaged or not of the size
+    that ``plan`` says."""
     height, width = math.ceil(plan.height / plan.scale), math.ceil(plan.width / plan.scale)
     try:
         pixels = formats.decode(avif, max_megapixels=width * height / 1e6)
     except formats.Unsupported as error:
         raise ReconstructionError(f"the blob's picture can't be decoded: {error.message}") from error
-    if pixels.shape != (height, width, 3):
-        raise ReconstructionError(f"the blob's picture is of {pixels.shape}, and the recipe says {(height, width, 3)}")
+    if pixels.shape == (height, width, 3) and plan.gray:  # An older Pillow decodes gray to RGB.
+        pixels = _gray(pixels)
+    expected = (height, width, 1 if plan.gray else 3)
+    if pixels.shape != expected:
+        raise ReconstructionError(f"the blob's picture is of {pixels.shape}, and the recipe says {expected}")
     return pixels
 
 
 def enlarge(plan: Plan, small: Pixels, infer: Infer) -> Pixels:
-    """``small`` (h×w×3) enlarged to exactly height × width × 3, × 1 for gray.
+    """``small`` (h×w×3, ×1 for gray) enlarged to exactly height × width × 3, × 1 for gray.
 
     Raises ReconstructionError if the network is not of the plan's scale, ImplausibleError.
     """
     if plan.network_sha256:
-        large = infer(plan.network_sha256, small)
+        colour = np.ascontiguousarray(np.broadcast_to(small, (*small.shape[:2], 3)))
+        large = infer(plan.network_sha256, colour)
         if large.shape != (small.shape[0] * plan.scale, small.shape[1] * plan.scale, 3):
             raise ReconstructionError(f"the network made {large.shape} of {small.shape} at scale {plan.scale}")
-        _check_resemblance(small, large, plan.scale)
+        _check_resemblance(colour, large, plan.scale)
+        if plan.gray:
+            large = _gray(large)
     elif plan.scale == 1:
         large = small
     else:
         raise ReconstructionError(f"the recipe names no network for scale {plan.scale}")
-    large = large[: plan.height, : plan.width]
-    if plan.gray:
-        return np.asarray(Image.fromarray(np.ascontiguousarray(large)).convert("L"))[:, :, None]
-    return large
+    return large[: plan.height, : plan.width]
+
+
+def _gray(pixels: Pixels) -> Pixels:
+    """H×W×3 → H×W×1, luma."""
+    return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).convert("L"))[:, :, None]
 
 
 def _check_resemblance(small: Pixels, large: Pixels, scale: int) -> None:

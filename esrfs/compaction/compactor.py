@@ -35,8 +35,11 @@ SMALLEST_SIDE = 64
 _SAMPLE_TILE = 512
 _SAMPLE_TILES = (2, 3)
 """Rows and columns of parts that stand for the whole picture while the plan is made: 1.6 megapixels."""
-_SAMPLE_TRIES, _TRIES = 5, 5
-_FIRST_QUALITY = {"faithful": 80, "high": 60, "balanced": 48, "small": 38}
+_TRIES = 5
+_FIRST_LEVEL = {"faithful": 50, "high": 34, "balanced": 27, "small": 21}
+"""Where to begin at scale 1: about the middle of what photographs need."""
+_HIGHER_WHEN_SMALL = 12
+"""By so many levels more must a small picture be encoded, as the network enlarges the codec's noise with it."""
 _SPEED = 6
 """libaom's: 4 would save 4 % at 6 times the time, 8 costs 13 to 20 % more bytes (DESIGN 10)."""
 _BLOB_OVERHEAD = 200
@@ -96,12 +99,9 @@ class _Picture:
 
 @dataclass(frozen=True)
 class _Attempt:
-    """What came of one quality on the whole picture."""
+    """What came of one level of quality on the whole picture."""
 
-    quality: int
     avif: bytes
-    pixels: Pixels
-    """As rebuilt, before the view's own encoding."""
     scores: Scores
 
 
@@ -131,7 +131,7 @@ def compact(
     del stored
     ways = [_Way(1)]
     if network is not None:
-        ways.insert(0, _Way(network.scale, network.sha256, network.name))
+        ways.append(_Way(network.scale, network.sha256, network.name))
     return _Compaction(original, policy, wanted, split, _Picture(colour), infer, checkpoint).run(ways)
 
 
@@ -145,127 +145,118 @@ class _Compaction:
     infer: Infer
     checkpoint: Callable[[], None]
     best_score: float | None = None
+    _attempts: dict[tuple[_Way, int], _Attempt] = field(default_factory=dict)
 
     def run(self, ways: list[_Way]) -> Outcome:
         allowed = (1 - self.policy.min_saving) * len(self.original)
-        sample = _Picture(_sample(self.picture.pixels))
-        ratio = self.picture.pixels.size / sample.pixels.size
         plans: list[tuple[float, _Way, int]] = []
         objections: list[tuple[Reason, str]] = []
+        sample = _Picture(_sample(self.picture.pixels))
+        ratio = self.picture.pixels.size / sample.pixels.size
         for way in ways:
+            largest = min([allowed * 1.2, *(size for size, _, _ in plans)]) / ratio  # No use in what another way beats.
             try:
-                trial = self._plan(sample, way, allowed / ratio)
-            except ReconstructionError as error:
-                objections.append((Reason.ERROR, str(error)))
+                trial = self._search(sample, way, self._first_level(way), largest)
+            except (formats.DoesNotFit, ReconstructionError) as error:
+                objections.append(_problem(error))
                 continue
             if trial is not None:
-                plans.append((trial.size * ratio, way, trial.quality))
+                plans.append((trial.size * ratio, way, trial.level))
         if not plans and not objections:
             objections.append((Reason.QUALITY, "no quality that saves bytes rebuilds it well enough"))
         del sample
-        for _, way, quality in sorted(plans, key=lambda plan: plan[0]):
+        for _, way, level in sorted(plans, key=lambda plan: plan[0]):
             try:
-                attempt = self._best_attempt(way, quality, allowed)
-                if isinstance(attempt, _Attempt):
-                    outcome = self._conclude(way, attempt, allowed)
-                    if outcome.verdict == Verdict.COMPACTED:
-                        return outcome
-                    assert outcome.reason is not None
-                    objections.append((outcome.reason, outcome.message))
-                else:
-                    objections.append(attempt)
-            except formats.DoesNotFit as error:
-                objections.append((Reason.DOES_NOT_FIT, f"its view can't be made as small as the original: {error}"))
-            except ReconstructionError as error:
-                objections.append((Reason.ERROR, str(error)))
+                trial = self._search(self.picture, way, level, allowed)
+                if trial is None:
+                    objections.append((Reason.QUALITY, f"rebuilt, {self._nearest_objection(way)}"))
+                    continue
+                outcome = self._conclude(way, trial.level, allowed)
+            except (formats.DoesNotFit, ReconstructionError) as error:
+                objections.append(_problem(error))
+                continue
+            if outcome.verdict == Verdict.COMPACTED:
+                return outcome
+            assert outcome.reason is not None
+            objections.append((outcome.reason, outcome.message))
         # The first is that of the most promising way.
         return _refused(*objections[0], self.split, self.best_score)
 
-    def _plan(self, sample: _Picture, way: _Way, largest: float) -> Trial | None:
-        """The lowest quality at which the sample passes, or nearly does: the whole picture may be kinder."""
-        trials: list[Trial] = []
+    def _first_level(self, way: _Way) -> int:
+        return _FIRST_LEVEL[self.policy.preset] + (_HIGHER_WHEN_SMALL if way.scale > 1 else 0)
 
-        def attempt(quality: int) -> Trial:
-            avif = self._encode(sample, way, quality)
-            pixels = self._enlarge(sample, way, avif)
-            scores = gate.measure(sample.reference, sample.pixels, pixels)
+    def _search(self, picture: _Picture, way: _Way, first: int, largest: float) -> Trial | None:
+        """The lowest level at which ``picture``, the whole one or a sample, passes the gate."""
+
+        def attempt(level: int) -> Trial:
+            if picture.pixels is self.picture.pixels:
+                whole = self._attempt(way, level)
+                return Trial(level, gate.headroom(whole.scores, self.wanted), len(whole.avif))
+            avif = self._encode(picture, way, level)
+            scores = gate.measure(picture.reference, picture.pixels, self._enlarge(picture, way, avif))
             self._note(scores)
-            trials.append(Trial(quality, gate.headroom(scores, self.wanted), len(avif)))
-            return trials[-1]
+            return Trial(level, gate.headroom(scores, self.wanted), len(avif))
 
-        first = _FIRST_QUALITY[self.policy.preset] + (15 if way.scale > 1 else 0)
-        # A scale that can't pass says so at once, at the highest quality; scale 1 always can.
-        if way.scale > 1 and attempt(planner.HIGHEST).headroom < 0:
-            return None
-        return planner.least_passing(attempt, first=first, tries=_SAMPLE_TRIES, largest=largest * 1.2)
+        return planner.least_passing(attempt, first=first, tries=_TRIES, largest=largest)
 
-    def _best_attempt(self, way: _Way, first: int, allowed: float) -> _Attempt | tuple[Reason, str]:
-        """The smallest picture that passes the gate, or why there is none."""
-        passed: dict[int, _Attempt] = {}
-        failed: list[Scores] = []
-
-        def attempt(quality: int) -> Trial:
-            avif = self._encode(self.picture, way, quality)
-            pixels = self._enlarge(self.picture, way, avif)
-            scores = self._measure(self._as_viewed(pixels))
+    def _attempt(self, way: _Way, level: int) -> _Attempt:
+        """The whole picture at one level, measured as readers will see it. Raises DoesNotFit, ReconstructionError."""
+        if (way, level) not in self._attempts:
+            avif = self._encode(self.picture, way, level)
+            scores = self._measure(self._as_viewed(self._enlarge(self.picture, way, avif)))
             self._note(scores)
-            headroom = gate.headroom(scores, self.wanted)
-            if headroom >= 0:
-                passed.clear()  # Later ones are better; each holds a whole picture.
-                passed[quality] = _Attempt(quality, avif, pixels, scores)
-            else:
-                failed.append(scores)
-            return Trial(quality, headroom, len(avif))
+            self._attempts[way, level] = _Attempt(avif, scores)
+        return self._attempts[way, level]
 
-        trial = planner.least_passing(attempt, first=first, tries=_TRIES, largest=allowed)
-        if trial is not None:
-            return passed[trial.quality]
-        nearest = max(failed, key=lambda scores: gate.headroom(scores, self.wanted))
-        return Reason.QUALITY, f"rebuilt, {gate.objection(nearest, self.wanted)}"
+    def _nearest_objection(self, way: _Way) -> str:
+        scores = [attempt.scores for (tried, _), attempt in self._attempts.items() if tried == way]
+        return gate.objection(max(scores, key=lambda each: gate.headroom(each, self.wanted)), self.wanted)
 
-    def _conclude(self, way: _Way, attempt: _Attempt, allowed: float) -> Outcome:
-        """Make the view, measure what readers will get, and write the recipe. Raises DoesNotFit."""
+    def _conclude(self, way: _Way, level: int, allowed: float) -> Outcome:
+        """Rebuild the picture from its bytes once more, make the view, measure what readers will get, and write the
+        recipe. Raises DoesNotFit, ReconstructionError."""
+        avif = self._attempts[way, level].avif
+        pixels = self._enlarge(self.picture, way, avif)
         self.checkpoint()
-        fitted = formats.fit_view(self.split, attempt.pixels)
+        fitted = formats.fit_view(self.split, pixels)
         view = fitted.expand()
         self.checkpoint()
         scores = self._measure(self._decode(view))
         if problem := gate.objection(scores, self.wanted):
             return _refused(Reason.QUALITY, f"rebuilt, {problem}", self.split, self.best_score)
         width, height = self.split.width, self.split.height
-        again = formats.encode_scan(fitted.coding, width, height, attempt.pixels, len(fitted.scan))
+        recipe = Recipe(
+            width=width,
+            height=height,
+            original_size=len(self.original),
+            sha256_original=hashlib.sha256(self.original).digest(),
+            sha256_view=hashlib.sha256(view).digest(),
+            preset=self.policy.preset,
+            scale=way.scale,
+            network=way.network_name,
+            network_sha256=way.network_sha256,
+            quality=planner.quality(level),
+            coding=fitted.coding,
+            prefix=fitted.prefix,
+            scan_length=len(fitted.scan),
+            suffix=fitted.suffix,
+            encoder=fitted.encoder,
+            scores=scores,
+            created_by=f"esrfs {__version__}",
+        )
+        again = formats.encode_scan(recipe.coding, width, height, pixels, recipe.scan_length)
         if again != fitted.scan or len(view) != len(self.original):
             message = "the view's encoder doesn't give the same bytes twice; please report this with the picture"
             return _refused(Reason.ERROR, message, self.split, self.best_score)
-        recipe = recipe_format.encode(
-            Recipe(
-                width=width,
-                height=height,
-                original_size=len(self.original),
-                sha256_original=hashlib.sha256(self.original).digest(),
-                sha256_view=hashlib.sha256(view).digest(),
-                preset=self.policy.preset,
-                scale=way.scale,
-                network=way.network_name,
-                network_sha256=way.network_sha256,
-                quality=attempt.quality,
-                coding=fitted.coding,
-                prefix=fitted.prefix,
-                scan_length=len(fitted.scan),
-                suffix=fitted.suffix,
-                encoder=fitted.encoder,
-                scores=scores,
-                created_by=f"esrfs {__version__}",
-            )
-        )
-        stored = len(attempt.avif) + len(zlib.compress(recipe)) + _BLOB_OVERHEAD
+        encoded = recipe_format.encode(recipe)
+        stored = len(avif) + len(zlib.compress(encoded)) + _BLOB_OVERHEAD
         if stored > allowed:
             message = f"it would take {stored:,} bytes of {len(self.original):,}, which saves too little"
             return _refused(Reason.NOT_WORTH_IT, message, self.split, scores.ssimulacra2)
         return Outcome(
             verdict=Verdict.COMPACTED,
-            recipe=recipe,
-            avif=attempt.avif,
+            recipe=encoded,
+            avif=avif,
             kind=self.split.kind,
             width=width,
             height=height,
@@ -274,9 +265,9 @@ class _Compaction:
 
     # Steps.
 
-    def _encode(self, picture: _Picture, way: _Way, quality: int) -> bytes:
+    def _encode(self, picture: _Picture, way: _Way, level: int) -> bytes:
         self.checkpoint()
-        return encode_avif(picture.small(way.scale), quality, scale=way.scale, preset=self.policy.preset)
+        return encode_avif(picture.small(way.scale), planner.quality(level))
 
     def _enlarge(self, picture: _Picture, way: _Way, avif: bytes) -> Pixels:
         self.checkpoint()
@@ -300,6 +291,12 @@ class _Compaction:
 
     def _note(self, scores: Scores) -> None:
         self.best_score = max(self.best_score if self.best_score is not None else -math.inf, scores.ssimulacra2)
+
+
+def _problem(error: formats.DoesNotFit | ReconstructionError) -> tuple[Reason, str]:
+    if isinstance(error, formats.DoesNotFit):
+        return Reason.DOES_NOT_FIT, f"its view can't be made as small as the original: {error}"
+    return Reason.ERROR, str(error)
 
 
 def _refused(reason: Reason, message: str, split: formats.Split, score: float | None = None) -> Outcome:
@@ -334,17 +331,18 @@ def _image(pixels: Pixels) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
 
 
-def encode_avif(image: Image.Image, quality: int, *, scale: int, preset: str) -> bytes:
-    """Encode a picture for a blob. The bytes don't depend on the machine's number of processors."""
-    # A small picture's chroma is enlarged by the network; full resolution needs it only where much is promised.
-    colour = "4:4:4" if scale > 1 or preset == "faithful" else "4:2:0"
+def encode_avif(image: Image.Image, quality: int) -> bytes:
+    """Encode a picture for a blob; ``quality`` is 0 to 99. The bytes don't depend on the machine's number of
+    processors."""
     out = io.BytesIO()
     image.save(
         out,
         "AVIF",
         quality=quality,
         speed=_SPEED,
-        subsampling="4:0:0" if image.mode == "L" else colour,
+        # At full resolution 4:2:0 takes as many bytes for the same score, and there are pictures (dark, saturated) that
+        # no quality makes good with it.
+        subsampling="4:0:0" if image.mode == "L" else "4:4:4",
         codec="aom",
         # libaom with one thread gives other bytes than with several; tiles chosen automatically depend on the number,
         # too.

@@ -32,7 +32,10 @@ from typing import Generic, Literal, TypeVar, cast
 import esrfs
 from esrfs.compaction.outcome import Outcome, Policy
 from esrfs.engine import lanes, protocol
+from esrfs.engine.errors import EngineError
 from esrfs.engine.protocol import ConnectionLostError, Lane
+
+__all__ = ["Counters", "Device", "Engine", "EngineError", "EngineSettings", "Rebuilt", "State", "Ticket"]
 
 log = logging.getLogger("esrfs.engine")
 
@@ -42,10 +45,6 @@ State = Literal["stopped", "starting", "idle", "busy"]
 _TRIES = 2
 _EXIT_SECONDS = 2.0
 """How long a worker whose connection closed may take to exit by itself; then it is killed."""
-
-
-class EngineError(Exception):
-    """The engine gave no result; the message says why, for people."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
-"""How a job in the worker may end, but well. (Not in ``worker``, which runs as ``__main__`` and is nobody's to
-import.)"""
+"""How jobs fail. (Not in ``worker``, which runs as ``__main__`` and is nobody's to import.)"""
+
+
+class EngineError(Exception):
+    """The engine gave no result; the message says why, for people. What the mount's side sees."""
 
 
 class DeviceFailedError(Exception):

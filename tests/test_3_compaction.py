@@ -1,0 +1,291 @@
+"""Compaction and reconstruction on real photographs, in this process and through the engine.
+
+The network is the one that is shipped; where pictures of ../shared are missing, those of scikit-image remain.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from esrfs import formats, reconstruction
+from esrfs.blob import recipe as recipe_format
+from esrfs.blob.recipe import Recipe
+from esrfs.compaction import compactor, gate
+from esrfs.compaction.compactor import NetworkRef
+from esrfs.compaction.outcome import Outcome, Policy, Reason, Verdict
+from esrfs.engine import tiles
+from esrfs.engine.client import Engine, EngineError, EngineSettings
+from esrfs.engine.protocol import Lane
+from esrfs.networks import loading, registry
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+Pixels = reconstruction.Pixels
+
+
+@functools.cache
+def weights() -> bytes:
+    return registry.find("lite-x2").read_bytes()
+
+
+@functools.cache
+def network() -> tuple[NetworkRef, loading.Network]:
+    net = loading.load(weights())
+    return NetworkRef("lite-x2", hashlib.sha256(weights()).digest(), net.scale), net
+
+
+def infer(sha256: bytes, pixels: Pixels) -> Pixels:
+    reference, net = network()
+    assert sha256 == reference.sha256
+    return tiles.enlarge(net, pixels)
+
+
+def compact(original: bytes, preset: str = "high", **policy: float) -> Outcome:
+    return compactor.compact(original, Policy(preset=preset, **policy), network()[0], infer)  # type: ignore[arg-type]
+
+
+def skimage_photo(name: str, size: tuple[int, int] = (256, 200)) -> Image.Image:
+    data = pytest.importorskip("skimage.data")
+    return Image.fromarray(getattr(data, name)()).crop((0, 0, *size))
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def check_blob(original: bytes, outcome: Outcome, preset: str) -> Recipe:
+    """What must hold for any blob: the gate's promise is measured again, on what a reader gets."""
+    recipe = recipe_format.decode(outcome.recipe)
+    view = reconstruction.rebuild(recipe, outcome.avif, infer)
+    assert len(view) == len(original) == recipe.original_size
+    assert hashlib.sha256(view).digest() == recipe.sha256_view
+    assert hashlib.sha256(original).digest() == recipe.sha256_original
+    assert reconstruction.rebuild(recipe, outcome.avif, infer) == view
+    before, after = formats.decode(original, 100), formats.decode(view, 100)
+    assert before.shape == after.shape
+    if before.shape[2] in (2, 4):
+        assert np.array_equal(before[:, :, -1], after[:, :, -1])  # alpha is exact
+        before, after = before[:, :, :-1], after[:, :, :-1]
+    before, after = np.ascontiguousarray(before), np.ascontiguousarray(after)
+    scores = gate.measure(gate.Reference(before), before, after)
+    assert scores == recipe.scores
+    assert gate.objection(scores, gate.thresholds(preset)) == ""
+    reference = pytest.importorskip("ssimulacra2")
+    paths = [
+        io.BytesIO(encoded(Image.fromarray(np.broadcast_to(each, (*each.shape[:2], 3))), "PNG"))
+        for each in (before, after)
+    ]
+    assert abs(reference.compute_ssimulacra2(*paths) - scores.ssimulacra2) < 0.05
+    assert len(outcome.avif) < 0.8 * len(original)
+    assert (outcome.width, outcome.height) == (recipe.width, recipe.height)
+    assert outcome.score == scores.ssimulacra2
+    return recipe
+
+
+PICTURES: dict[str, Callable[[], bytes]] = {
+    "jpeg 4:2:0": lambda: encoded(skimage_photo("astronaut"), "JPEG", quality=92),
+    "jpeg 4:4:4, odd sides": lambda: encoded(skimage_photo("coffee", (201, 187)), "JPEG", quality=95, subsampling=0),
+    "jpeg gray": lambda: encoded(skimage_photo("camera"), "JPEG", quality=92),
+    "png": lambda: encoded(skimage_photo("chelsea"), "PNG"),
+    "png, odd sides": lambda: encoded(skimage_photo("rocket", (177, 203)), "PNG"),
+    "png gray": lambda: encoded(skimage_photo("camera"), "PNG"),
+    "png with alpha": lambda: encoded(with_alpha(skimage_photo("astronaut")), "PNG"),
+    "png gray with alpha": lambda: encoded(with_alpha(skimage_photo("camera")), "PNG"),
+}
+
+
+def with_alpha(image: Image.Image) -> Image.Image:
+    image = image.convert("LA" if image.mode == "L" else "RGBA")
+    image.putalpha(Image.radial_gradient("L").resize(image.size))
+    return image
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_photographs(name: str) -> None:
+    original = PICTURES[name]()
+    outcome = compact(original)
+    assert outcome.verdict == Verdict.COMPACTED, outcome.message
+    recipe = check_blob(original, outcome, "high")
+    assert compact(original) == outcome  # a pure function
+    assert outcome.kind == name[: len(outcome.kind)]
+    assert recipe.created_by.startswith("esrfs ")
+
+
+@pytest.mark.parametrize("preset", ["faithful", "balanced", "small"])
+def test_presets(preset: str) -> None:
+    original = encoded(skimage_photo("chelsea", (300, 300)), "PNG")
+    outcome = compact(original, preset)
+    assert outcome.verdict == Verdict.COMPACTED, outcome.message
+    recipe = check_blob(original, outcome, preset)
+    assert recipe.preset == preset
+
+
+def test_scale_2_is_chosen_where_it_pays() -> None:
+    """A soft picture has nothing at full resolution that is worth bytes."""
+    soft = skimage_photo("coffee", (300, 300)).resize((600, 600), Image.Resampling.BICUBIC)
+    original = encoded(soft, "PNG")
+    outcome = compact(original, "small")
+    assert outcome.verdict == Verdict.COMPACTED, outcome.message
+    recipe = check_blob(original, outcome, "small")
+    assert (recipe.scale, recipe.network, recipe.network_sha256) == (2, "lite-x2", network()[0].sha256)
+    with Image.open(io.BytesIO(outcome.avif)) as small:
+        assert small.size == (300, 300)
+
+
+@pytest.mark.parametrize("pattern", ["eval/kodak24/13.png", "photos/exif-samples/jpg/Canon_40D.jpg"])
+def test_shared_pictures(pattern: str) -> None:
+    path = SHARED / pattern
+    if not path.exists():
+        pytest.skip("no ../shared/data")
+    original = path.read_bytes()
+    outcome = compact(original, "balanced")
+    if outcome.verdict == Verdict.COMPACTED:
+        check_blob(original, outcome, "balanced")
+    else:
+        assert outcome.reason is not None
+        assert outcome.message
+
+
+def test_same_bytes_in_another_process(tmp_path: Path) -> None:
+    original = PICTURES["jpeg 4:2:0"]()
+    (tmp_path / "original").write_bytes(original)
+    program = f"""
+import hashlib, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_3_compaction as t
+outcome = t.compact(open({str(tmp_path / "original")!r}, "rb").read())
+print(hashlib.sha256(outcome.recipe + outcome.avif).hexdigest())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True)
+    outcome = compact(original)
+    assert done.stdout.strip() == hashlib.sha256(outcome.recipe + outcome.avif).hexdigest()
+
+
+def noise(side: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(3).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("make", "verdict", "reason"),
+    [
+        (lambda: b"", Verdict.PASSED_THROUGH, Reason.NOT_A_PICTURE),
+        (lambda: b"hello" * 100, Verdict.PASSED_THROUGH, Reason.NOT_A_PICTURE),
+        (lambda: encoded(noise(63), "PNG"), Verdict.REFUSED, Reason.TOO_SMALL),
+        (lambda: encoded(noise(100), "PNG")[:-3000], Verdict.PASSED_THROUGH, Reason.BROKEN),
+        (lambda: encoded(noise(100), "GIF"), Verdict.PASSED_THROUGH, Reason.UNSUPPORTED_KIND),
+        (lambda: encoded(noise(300), "JPEG", quality=20), Verdict.REFUSED, None),
+        (lambda: encoded(noise(1100), "PNG"), Verdict.PASSED_THROUGH, Reason.TOO_LARGE),
+    ],
+)
+def test_what_is_not_compacted_is_a_verdict(make: Callable[[], bytes], verdict: Verdict, reason: Reason | None) -> None:
+    outcome = compact(make(), max_megapixels=1)
+    assert outcome.verdict == verdict
+    assert outcome.reason is not None
+    assert reason in (None, outcome.reason)
+    assert outcome.message
+    assert not outcome.recipe
+    assert not outcome.avif
+
+
+def test_little_saved_is_not_worth_it() -> None:
+    original = encoded(skimage_photo("astronaut"), "JPEG", quality=92)
+    outcome = compact(original, min_saving=0.99)
+    assert outcome.verdict == Verdict.REFUSED
+    assert outcome.reason in (Reason.NOT_WORTH_IT, Reason.QUALITY)
+
+
+def test_without_a_network() -> None:
+    original = PICTURES["jpeg 4:2:0"]()
+    outcome = compactor.compact(original, Policy(), None, infer)
+    assert outcome.verdict == Verdict.COMPACTED
+    assert recipe_format.decode(outcome.recipe).network_sha256 == b""
+
+
+def test_a_checkpoint_ends_it() -> None:
+    class EndedError(Exception):
+        pass
+
+    def checkpoint() -> None:
+        raise EndedError
+
+    with pytest.raises(EndedError):
+        compactor.compact(PICTURES["png"](), Policy(), None, infer, checkpoint)
+
+
+def test_black_picture_of_a_failing_gpu_is_noticed() -> None:
+    """fp16 overflows to black on some GPUs (DESIGN 9)."""
+    plan = reconstruction.Plan(width=127, height=90, scale=2, network_sha256=b"x", gray=False)
+    small = np.full((45, 64, 3), 200, dtype=np.uint8)
+    good = np.full((90, 128, 3), 190, dtype=np.uint8)
+    assert reconstruction.enlarge(plan, small, lambda _, __: good).shape == (90, 127, 3)
+    part = good.copy()
+    part[:64, :64] = 0
+    with pytest.raises(reconstruction.ImplausibleError):
+        reconstruction.enlarge(plan, small, lambda _, __: part)
+    with pytest.raises(reconstruction.ReconstructionError, match="scale 2"):
+        reconstruction.enlarge(plan, small, lambda _, __: small)
+
+
+# Through the engine.
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    def network_bytes(sha256: bytes) -> bytes:
+        if sha256 != network()[0].sha256:
+            raise FileNotFoundError("no such network")
+        return weights()
+
+    engine = Engine(EngineSettings(device="cpu"), network_bytes)
+    yield engine
+    engine.close()
+
+
+def test_engine_gives_the_same(engine: Engine) -> None:
+    original = encoded(skimage_photo("coffee", (300, 300)).resize((600, 599)), "PNG")
+    expected = compact(original, "small")
+    outcome = engine.compact(original, Policy(preset="small"), network()[0].sha256, "lite-x2")
+    assert outcome == expected
+    recipe = recipe_format.decode(outcome.recipe)
+    rebuilt = engine.rebuild(recipe.sha256_view, lambda: (outcome.recipe, outcome.avif), Lane.INTERACTIVE).wait()
+    assert rebuilt.exact
+    assert rebuilt.sha256 == recipe.sha256_view
+    assert rebuilt.view == reconstruction.rebuild(recipe, outcome.avif, infer)
+    assert engine.counters.inexact == 0
+
+
+def test_engine_upscales(engine: Engine) -> None:
+    sha256 = network()[0].sha256
+    for mode, expected in {"L": "L", "RGB": "RGB", "RGBA": "RGBA", "P": "RGB"}.items():
+        image = skimage_photo("astronaut", (70, 50)).convert(mode)
+        with Image.open(io.BytesIO(engine.upscale(encoded(image, "PNG"), sha256))) as large:
+            assert (large.size, large.mode) == ((140, 100), expected)
+    with pytest.raises(EngineError, match="picture"):
+        engine.upscale(b"no picture", sha256)
+    with pytest.raises(EngineError, match="no such network"):
+        engine.upscale(encoded(skimage_photo("astronaut"), "PNG"), b"\1" * 32)
+
+
+def test_engine_says_what_is_wrong_with_a_blob(engine: Engine) -> None:
+    original = PICTURES["png"]()
+    outcome = engine.compact(original, Policy(preset="small"), network()[0].sha256, "lite-x2")
+    for recipe, avif in [
+        (b"garbage", outcome.avif),
+        (outcome.recipe, b"garbage"),
+        (outcome.recipe, outcome.avif[: len(outcome.avif) // 2]),
+        (outcome.recipe, encoded(noise(32), "AVIF")),
+    ]:
+        with pytest.raises(EngineError, match=r"recipe|can't be decoded"):
+            engine.rebuild(hashlib.sha256(recipe + avif).digest(), lambda r=recipe, a=avif: (r, a)).wait()  # type: ignore[misc]
+    assert engine.counters.restarts == 0
