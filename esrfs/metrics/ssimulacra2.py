@@ -1,30 +1,26 @@
-"""SSIMULACRA2 in torch: whole picture and worst 256×256 tile from one pass, in bounded memory, the original measured
-once.
+"""SSIMULACRA2 in torch: whole picture and worst 256×256 tile from one pass, the original measured once.
 
-The metric (libjxl's, by Jon Sneyers; BSD-3-Clause) compares two pictures in the XYB colour space at six resolutions.
+The metric (Jon Sneyers's, in libjxl; BSD-3-Clause) compares two pictures in the XYB colour space at six resolutions.
 At each, for each channel, it averages three maps: ``ssim`` (structure that differs), ``ringing`` (edges that the
 original lacks) and ``lost`` (edges that the view lacks), each as a plain mean and as a 4-norm that weighs the worst
 places more. A weighted sum of these 108 features, bent by a polynomial, is the score: 100 is identical, 90 not to be
 told apart, 70 good, below 0 terrible.
 
 What differs from the reference, and why that is no harm:
-- Features with a weight below 0.01 are left out (all of X and B at full resolution, B at half, everything at 1/32):
-their weights
-  times their largest values are below 0.001 points of score together, and they are more than half of the work.
-- A tile's score is made from the sums of features in that tile, and the whole picture's from the same sums. A mean of
-scores
-  of cut-out tiles would lie 7 to 10 points too high.
-- The Python package ``ssimulacra2``, with which this agrees, transposes pictures, so that its blur takes what lies
-above and
-  below a picture as its mirror image, left and right as zero; so here.
-- Where a picture is so small that fewer than six resolutions have 8×8 pixels, the features are weighted as if they
-were the
-  first of the list, as the reference does. A picture below 8×8 itself, where the reference says 100 to everything, is
-  mirrored to 8 pixels here.
 
-Work goes by bands, each one row of tiles high, through full and half resolution, leaving the picture at quarter
-resolution to be measured after: a sixteenth of the memory. What is kept of the original costs 20 bytes a pixel; larger
-pictures than ``cache_megapixels`` are measured anew each time instead.
+- Features with a weight below 0.01 are left out (all of X and B at full resolution, B at half, everything at 1/32):
+  they move scores by .001 and are more than half of the work. Pictures too small for six resolutions keep them.
+- A tile's score is made from the sums of features in that tile, the whole picture's from the same sums. A mean of the
+  scores of cut-out tiles would lie 7 to 10 points too high.
+- The Python package ``ssimulacra2``, with which this agrees, transposes pictures, so that its blur continues them as a
+  mirror image above and below and as zero left and right; so here.
+- Where fewer than six resolutions have 8×8 pixels, the features take the first weights of the list, whichever those
+  are, as in the reference: scores of pictures below 225 pixels are shaky, those below 64 worth little. Below 8×8,
+  where the reference says 100 to everything, pictures are mirrored to 8 pixels.
+
+Work goes by bands, each one row of tiles high, through full and half resolution, leaving the picture at a quarter to be
+measured after: a sixteenth of the memory. What is kept of the original costs about 20 bytes a pixel; pictures larger
+than ``cache_megapixels`` are measured anew each time instead (at 1.7 times the time).
 """
 
 from __future__ import annotations
