@@ -62,7 +62,7 @@ def clear(path: Path) -> None:
                 dropped = views.clear()
             finally:
                 views.close()
-    show.line(f"{dropped} views dropped")
+    show.line(f"{show.number_of(dropped, 'view')} dropped")
 
 
 @cache.command()
@@ -74,4 +74,4 @@ def warm(given: Annotated[list[str], typer.Argument(metavar="PATH…", help="Fil
             socket = mounted.require(place, store.config.id)
         with show.progress("Rebuilding") as advance:
             total += mounted.call_with_progress(socket, "cache-warm", advance, paths=relative)["warmed"]
-    show.line(f"{total} views are ready")
+    show.line(f"{show.number_of(total, 'view')} rebuilt and kept")

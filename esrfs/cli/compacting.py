@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -113,7 +114,7 @@ def pause(path: Path) -> None:
             control.call(socket, "pause")  # also drops what it works on
         else:
             scheduler.pause(store)
-        show.line(f"compaction of {place.store} is paused; esrfs resume {path}")
+        show.line(f"compaction of {place.store} is paused; esrfs resume {quote(path)}")
 
 
 def resume(path: Path) -> None:

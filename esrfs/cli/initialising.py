@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import os
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -69,7 +70,8 @@ def init(
     show.line(
         f"{made.store} is a store (preset {made.config.policy.preset}, originals kept {made.config.undo_days} days)"
     )
-    show.line(f"show it full size with: esrfs mount {made.store} {made.mountpoint or 'DIRECTORY'}")
+    where = quote(made.mountpoint) if made.mountpoint else "DIRECTORY"
+    show.line(f"show it full size with: esrfs mount {quote(made.store)} {where}")
 
 
 def _predict(directory: str, policy: Policy, weights: bytes) -> None:

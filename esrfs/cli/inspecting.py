@@ -65,7 +65,7 @@ def _show_status(values: dict[str, Any]) -> None:
             f"{show.size(values['logical_bytes'])} shown, {show.size(values['stored_bytes'])} stored "
             f"({show.ratio(values['ratio'])})",
         ),
-        ("undo window", f"{values['undo_files']} originals, {show.size(values['undo_bytes'])}"),
+        ("undo window", f"{show.number_of(values['undo_files'], 'original')}, {show.size(values['undo_bytes'])}"),
         ("freed now", show.size(values["freed_now_bytes"])),
     ]
     if values["freed_by"]:

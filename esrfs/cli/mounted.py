@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from esrfs import control
@@ -28,7 +29,8 @@ def require(place: Place, store_id: str) -> Path:
         return socket
     if place.mountpoint is None:
         raise CommandError(
-            f"{place.store} is not mounted; mount it first: esrfs mount {place.store} DIRECTORY", ExitCode.NOT_MOUNTED
+            f"{place.store} is not mounted; mount it first: esrfs mount {quote(place.store)} DIRECTORY",
+            ExitCode.NOT_MOUNTED,
         )
     user = next((mount.user_id for mount in paths.mounts() if mount.mountpoint == place.mountpoint), os.getuid())
     if user != os.getuid():
@@ -41,7 +43,8 @@ def require(place: Place, store_id: str) -> Path:
         )
     raise CommandError(
         f"{place.mountpoint} is mounted, but its process does not answer (it was killed, or it is ending). "
-        f"To start anew: esrfs umount {place.mountpoint}, then esrfs mount {place.store} {place.mountpoint}",
+        f"To start anew: esrfs umount {quote(place.mountpoint)}, "
+        f"then esrfs mount {quote(place.store)} {quote(place.mountpoint)}",
         ExitCode.NOT_MOUNTED,
     )
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Container, Sequence
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -59,9 +60,9 @@ def umount(
     ] = False,
 ) -> None:
     """Unmount, and wait until the mount has ended. Also clears away a mount whose process was killed."""
-    place = paths.resolve(directory)
-    if place.mountpoint is None or place.relative:
-        raise CommandError(f"{directory} is not a mountpoint of esrfs", ExitCode.NOT_MOUNTED)
+    place = paths.mounted_at(directory)
+    if place is None:
+        raise CommandError(f"{directory} is not a mountpoint of esrfs; nothing was done", ExitCode.NOT_MOUNTED)
     process = _process_of(place)
     try:
         if force and process is not None:
@@ -120,7 +121,7 @@ def _serve(store: str, directory: str, options: list[str], foreground: bool) -> 
     return lifecycle.run(store, directory, options, foreground)
 
 
-def _process_of(place: paths.Place) -> int | None:
+def _process_of(place: paths.Mount) -> int | None:
     """A pidfd of the mount's process; None where it does not answer."""
     try:
         with layout.open_store(place.store, readonly=True) as store:
@@ -152,8 +153,8 @@ def _detach(mountpoint: str, lazily: bool) -> None:
         return
     if "busy" in result.stderr:
         raise CommandError(
-            f"{mountpoint} is in use. Close what uses it (`fuser -vm {mountpoint}` tells), or detach it anyway: "
-            f"esrfs umount --force {mountpoint}",
+            f"{mountpoint} is in use. Close what uses it (`fuser -vm {quote(mountpoint)}` tells), or detach it anyway: "
+            f"esrfs umount --force {quote(mountpoint)}",
             ExitCode.BUSY,
         )
     raise CommandError(f"{mountpoint} could not be unmounted: {result.stderr.strip()}", ExitCode.MOUNT_FAILED)

@@ -48,6 +48,16 @@ def mounts(table: str = "/proc/self/mountinfo") -> list[Mount]:
     return found
 
 
+def mounted_at(directory: str) -> Mount | None:
+    """The esrfs that is mounted at ``directory``, the topmost if there are several; None if none is."""
+    table = mounts()
+    for resolved in (str, _real_parent, os.path.realpath):  # as given first: see resolve()
+        found = [mount for mount in table if mount.mountpoint == resolved(os.path.abspath(directory))]
+        if found:
+            return found[-1]
+    return None
+
+
 def resolve(path: str) -> Place:
     """The store that ``path`` belongs to. Touches nothing below a mountpoint, so a mount that hangs can't hang it.
 
@@ -71,7 +81,7 @@ def resolve(path: str) -> Place:
     hint = "" if os.path.lexists(absolute) else " (and it does not exist)"
     raise CommandError(
         f"{path} is neither an esrfs store nor a mount of one, nor in either{hint}. "
-        f"Make a store with: esrfs init DIRECTORY",
+        "Make a store with: esrfs init DIRECTORY",
         ExitCode.NOT_A_STORE,
     )
 

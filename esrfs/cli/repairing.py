@@ -42,7 +42,7 @@ def check(
             show.line(f"{finding.severity}: {finding.path}: {finding.message}")
         rebuilt = f", {report.rebuilt} rebuilt" if deep else ""
         verdict = "the store is sound" if report.is_sound else "the store is damaged"
-        show.line(f"{report.files} files, {report.blobs} of them stored small{rebuilt}: {verdict}")
+        show.line(f"{show.number_of(report.files, 'file')}, {report.blobs} of them stored small{rebuilt}: {verdict}")
     if not report.is_sound:
         raise typer.Exit(ExitCode.DAMAGE)
 
@@ -67,6 +67,6 @@ def restore(
             if result["state"] == "failed":
                 failed += 1
                 show.note(f"{result['path']}: {result['message']}")
-    show.line(f"{brought} originals brought back")
+    show.line(f"{show.number_of(brought, 'original')} brought back")
     if failed:
         raise typer.Exit(ExitCode.FAILED)

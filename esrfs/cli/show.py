@@ -47,6 +47,11 @@ def size(count: int | float) -> str:
     return f"{value:,.2f} TB"
 
 
+def number_of(count: int, thing: str) -> str:
+    """``1 view``, ``2 views``."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
 def ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.1f} : 1"
 
