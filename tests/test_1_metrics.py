@@ -73,7 +73,7 @@ def test_agrees_on_odd_and_small_sizes(size: tuple[int, int]) -> None:
 
 
 def test_pictures_too_small_for_the_reference_still_count() -> None:
-    """The reference says 100 below 8×8, whatever is compared. (With one resolution of six, the scale isn't worth much.)"""
+    """The reference says 100 below 8×8, whatever is compared. (With one resolution of six, no score is worth much.)"""
     original = np.ascontiguousarray(_photograph("coffee")[100:105, 200:300])
     assert Reference(original).compare(original).score == pytest.approx(100, abs=0.01)
     assert Reference(original).compare(255 - original).score < 90
