@@ -5,6 +5,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 PHOTOS ?=
+BENCHMARKS ?= small_files
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
@@ -34,7 +35,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks
+	set -e; for each in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$each; done
 
 clean:
 	rm -rf $(VENV) demo-out dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

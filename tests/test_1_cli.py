@@ -171,6 +171,16 @@ def test_init_refuses_a_store_in_a_store(esrfs, store):
     assert "Nothing was changed" in err
 
 
+def test_a_store_can_be_made_exclusive_later(esrfs, store):
+    with open_store(str(store)) as before:
+        pass
+    assert esrfs("init", "--exclusive", store)[0] == 0
+    with open_store(str(store)) as after:
+        assert after.config.exclusive
+        assert (after.config.id, after.config.key) == (before.config.id, before.config.key)
+    assert (store / ".esrfs" / "store.toml").stat().st_mode & 0o777 == 0o600
+
+
 def test_init_with_a_network_that_is_not_here(esrfs, tmp_path):
     code, _, err = esrfs("init", "--network", "nope", tmp_path / "s")
     assert code == ExitCode.NETWORK

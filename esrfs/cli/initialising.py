@@ -8,6 +8,7 @@ import os
 from shlex import quote
 from typing import Annotated
 
+import msgspec
 import typer
 
 from esrfs.cli import show
@@ -17,7 +18,7 @@ from esrfs.engine.client import Engine, EngineSettings
 from esrfs.exit_codes import ExitCode
 from esrfs.networks import registry
 from esrfs.networks.registry import WeightsError
-from esrfs.store import initialise
+from esrfs.store import initialise, layout
 
 Preset = enum.StrEnum("Preset", {name: name for name in PRESETS})  # type: ignore[misc]  # its members are PRESETS' keys
 
@@ -55,7 +56,13 @@ def init(
     ] = _DEFAULT.network,
     undo_days: Annotated[int, typer.Option(min=0, help="Days that originals can be brought back.")] = 30,
 ) -> None:
-    """Make a directory a store. No photograph is touched: that begins when the store is mounted."""
+    """Make a directory a store. No photograph is touched: that begins when the store is mounted.
+
+    With --exclusive on a store that exists: note the promise in it.
+    """
+    if exclusive and layout.is_store(directory) and not dry_run:
+        _make_exclusive(directory)
+        return
     policy = Policy(preset=preset.value, network=network)
     try:
         weights = registry.find(network).read_bytes()
@@ -72,6 +79,15 @@ def init(
     )
     where = quote(made.mountpoint) if made.mountpoint else "DIRECTORY"
     show.line(f"show it full size with: esrfs mount {quote(made.store)} {where}")
+
+
+def _make_exclusive(directory: str) -> None:
+    with layout.open_store(directory) as store:
+        if store.readonly:
+            raise CommandError(f"{directory} is of a newer format; nothing was changed", ExitCode.REFUSED)
+        config = msgspec.structs.replace(store.config, exclusive=True)
+        layout.write_durably(store.meta_fd, layout.CONFIG, layout.format_config(config).encode(), 0o600)
+    show.line(f"{directory} is a store that only esrfs writes into; a mount knows it from its next start on")
 
 
 def _predict(directory: str, policy: Policy, weights: bytes) -> None:
