@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests import remembering_engine
 from tests.mounting import Mounted
+from tests.witness import QuickMounted
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _SHARED = _REPOSITORY.parent / "shared"
@@ -197,6 +199,25 @@ def mounted(tmp_path: Path, can_mount: None) -> Iterator[Mounted]:
 def unmounted(tmp_path: Path, can_mount: None) -> Iterator[Mounted]:
     """As ``mounted``, but the test starts it itself (``unmounted.start(...)``), with options and fault points."""
     mount = Mounted(tmp_path)
+    try:
+        yield mount
+    finally:
+        mount.clean_up()
+
+
+@pytest.fixture(scope="session")
+def _engine_memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For a session; a developer may name a folder that outlives it."""
+    return Path(os.environ.get(remembering_engine.MEMORY) or tmp_path_factory.mktemp("engine-memory"))
+
+
+@pytest.fixture
+def quick(
+    tmp_path: Path, can_mount: None, _engine_memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[QuickMounted]:
+    """A store, not mounted yet, whose mounts compute nothing twice: for tests that kill and pause at many points."""
+    monkeypatch.setenv(remembering_engine.MEMORY, str(_engine_memory))
+    mount = QuickMounted(tmp_path)
     try:
         yield mount
     finally:

@@ -25,6 +25,9 @@ FAST = ["quiet=3600"]
 class Mounted:
     """One store, its mountpoint, and the process that serves it (in the foreground, as a child of the test)."""
 
+    program = "esrfs.cli.main"
+    """The module that is run."""
+
     def __init__(self, base: Path, *, preset: str = "balanced", exclusive: bool = False) -> None:
         self.store = base / "store"
         self.path = base / "mount"
@@ -38,7 +41,7 @@ class Mounted:
     def start(self, *options: str, faults: str = "") -> Mounted:
         """Mount, and wait until it answers. ``options`` are single values of ``-o``; compaction waits for being asked."""
         environment = {**os.environ, "ESRFS_FAULTS": faults}
-        command = [sys.executable, "-m", "esrfs.cli.main", "mount", "--foreground", str(self.store), str(self.path)]
+        command = [sys.executable, "-m", self.program, "mount", "--foreground", str(self.store), str(self.path)]
         command += ["-o", ",".join([*FAST, *options])]
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)

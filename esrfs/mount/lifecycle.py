@@ -184,7 +184,7 @@ def _recover_mountpoint(mountpoint: str) -> None:
     for _ in range(8):  # dead mounts may lie on top of each other
         here = [kind for place, kind, _ in _mounts() if place == mountpoint]
         try:
-            os.stat(mountpoint)
+            os.statvfs(mountpoint)  # not stat: for a second the kernel knows the answer without asking the dead process
         except OSError as error:
             if error.errno == errno.ENOTCONN and here and here[-1] == FILESYSTEM_TYPE:
                 log.warning("%s: a dead mount of esrfs is there (its process was killed); it is detached", mountpoint)
