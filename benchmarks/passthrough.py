@@ -1,8 +1,9 @@
 """The peer: a tuned pass-through on mfusepy that does nothing but hand every call to a directory.
 
 It has the corrections of DESIGN 10 that cost or gain speed (thread states are kept, reads and writes go straight into
-libfuse's buffer, the same limits and timeouts), and none of what esrfs adds: no views, no handles that turn, no claims, no
-protection against symlinks. Started as ``python -m benchmarks.passthrough DIRECTORY MOUNTPOINT``.
+libfuse's buffer, the same limits and timeouts; extended attributes, as the kernel asks for one at every write), and
+none of what esrfs adds: no views, no handles that turn, no claims, no protection against symlinks. Started as
+``python -m benchmarks.passthrough DIRECTORY MOUNTPOINT``.
 """
 
 from __future__ import annotations
@@ -22,9 +23,7 @@ from esrfs.vfs import native
 class Passthrough(mfusepy.FUSE):  # type: ignore[misc]
     def __init__(self, root: str, mountpoint: str) -> None:
         self._root = os.fsencode(root)
-        names = (
-            "getattr mkdir unlink rmdir rename open read write release opendir readdir releasedir init create utimens"
-        )
+        names = "getattr mkdir unlink rmdir rename open read write release opendir readdir releasedir init create utimens getxattr"
         super().__init__(
             SimpleNamespace(use_ns=True, **dict.fromkeys(names.split(), True)),
             mountpoint,
@@ -63,6 +62,9 @@ class Passthrough(mfusepy.FUSE):  # type: ignore[misc]
 
     def utimens_fuse_3(self, path: bytes | None, times: Any, info: Any) -> None:
         os.utime(info.contents.fh if path is None else self._root + path)
+
+    def getxattr(self, path: bytes, name: bytes, buffer: Any, size: int) -> int:
+        return adapter.Adapter._answer(os.getxattr(self._root + path, name, follow_symlinks=False), buffer, size)
 
     def open(self, path: bytes, info: Any) -> None:
         info.contents.fh = os.open(self._root + path, info.contents.flags & os.O_ACCMODE)

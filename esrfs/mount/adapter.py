@@ -10,8 +10,11 @@ import ctypes
 import errno
 import logging
 import os
+import re
+import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,6 +74,9 @@ _READDIR_PLUS = 1
 _FILL_DIR_PLUS = 2
 
 _threads = threading.local()
+_PENDING = re.compile(r"^SigPnd:\s*([0-9a-f]+)$", re.MULTILINE)
+_SIGKILL_BIT = 1 << (signal.SIGKILL - 1)
+"""Set in every thread of a process that a signal, of whatever kind, is about to end."""
 
 
 def _keep_thread_state() -> None:
@@ -89,6 +95,30 @@ def _name(path: bytes) -> str:
 def _caller() -> Caller:
     context = mfusepy._libfuse.fuse_get_context().contents
     return Caller(context.uid, context.gid, context.umask)
+
+
+def _caller_was_killed() -> bool:
+    """Whether the program whose request this thread works on is gone, or only waits for the answer to be gone.
+
+    The kernel lets nobody who was killed go before his read is answered, and of readers through the page cache it does
+    not even say that they were.
+    """
+    context = mfusepy._libfuse.fuse_get_context()
+    pid = context.contents.pid if context else 0  # 0: no callback, or a caller whom this PID namespace can't see
+    if pid <= 0:
+        return False
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except OSError:
+        try:
+            os.kill(pid, 0)  # /proc may hide what belongs to others
+        except ProcessLookupError:
+            return True
+        except OSError:
+            return False
+        return False
+    pending = _PENDING.search(status)
+    return pending is not None and bool(int(pending[1], 16) & _SIGKILL_BIT)
 
 
 def _timespecs(times: Any) -> int | None:
@@ -120,6 +150,7 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
     ) -> None:
         self._fs = filesystem
         self._on_init = on_init
+        filesystem.waits.caller_was_killed = _caller_was_killed
         super().__init__(
             SimpleNamespace(use_ns=True, **dict.fromkeys(_CALLBACKS, True)), mountpoint, foreground=True, **options
         )

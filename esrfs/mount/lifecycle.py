@@ -57,6 +57,7 @@ _LAST_READS_SECONDS = 20.0
 """After a signal, how long reads that wait may still take before they fail."""
 _LOG_BYTES = 4 << 20
 _MNT_DETACH = 2
+_LOCAL = frozenset(("bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "tmpfs", "vfat", "xfs", "zfs"))
 _REQUEST_TIMEOUTS = ("/proc/sys/fs/fuse/max_request_timeout", "/proc/sys/fs/fuse/default_request_timeout")
 _EXIT_CODES = {
     Problem.NOT_A_STORE: ExitCode.NOT_A_STORE,
@@ -177,6 +178,15 @@ def _mounts() -> Iterator[tuple[str, str, str]]:
             before, _, after = line.partition(" - ")
             kind, source, *_ = after.split()
             yield _unescape(before.split()[4]), kind, _unescape(source)
+
+
+def _is_on_network(store: Store) -> bool:
+    """Whether the store's filesystem is, or may be, one that reports failed writes only at close."""
+    st = os.fstat(store.root_fd)
+    device = f"{os.major(st.st_dev)}:{os.minor(st.st_dev)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        kinds = {line.partition(" - ")[2].split()[0] for line in lines if line.split()[2] == device}
+    return not kinds or not kinds <= _LOCAL
 
 
 def _recover_mountpoint(mountpoint: str) -> None:
@@ -318,6 +328,7 @@ class Mount:
                 explain=lambda path: explain.attributes(explain.explain(store, self._catalog, path)),
                 wait_seconds=options.time_limit,
                 threads=options.threads,
+                errors_at_close=_is_on_network(store),
             )
             self._closing = opened.pop_all()
         return self

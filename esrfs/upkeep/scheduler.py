@@ -41,6 +41,7 @@ PAUSED = "paused"
 """Name of the file in ``.esrfs/`` that stops compaction on every mount."""
 _WALK_SECONDS = 900.0
 _RETRY_SECONDS = 60.0
+_TICK_SECONDS = 0.5
 _ENGINE_FAILURES = 3
 _REFUSALS_IN_A_ROW = 300
 _LEAST_FREE_SHARE = 0.01
@@ -71,7 +72,8 @@ def resume(store: Store) -> None:
 
 @dataclass
 class _Waiting:
-    identity: Identity
+    identity: Identity | None
+    """Since when the quiet time counts; None for what changed through this mount, which is told of each change."""
     due: float
     """On the monotonic clock."""
 
@@ -88,7 +90,6 @@ class Scheduler:
         self._working = threading.Lock()
         self._changed = threading.Condition(threading.Lock())
         self._queue: dict[str, _Waiting] = {}
-        self._touched: set[str] = set()
         self._thread: threading.Thread | None = None
         self._ending = False
         self._stopped_because = ""
@@ -100,16 +101,16 @@ class Scheduler:
     # What others tell and ask.
 
     def touch(self, path: str) -> None:
-        """The file at ``path`` changed, or came by this name; cheap, for the vfs."""
+        """The file at ``path`` changed, or came by this name. Cheap, since the vfs calls it at each release."""
+        due = time.monotonic() + self._quiet
         with self._changed:
-            self._touched.add(path)
-            self._changed.notify()
+            self._queue[path] = _Waiting(None, due)
 
     @property
     def pending(self) -> int:
         """Files that wait for their quiet time or their turn."""
         with self._changed:
-            return len(self._queue) + len(self._touched - self._queue.keys())
+            return len(self._queue)
 
     @property
     def state(self) -> str:
@@ -167,22 +168,20 @@ class Scheduler:
             return self._ending
 
     def _step(self) -> float:
-        """Do one thing; the seconds after which there may be another."""
+        """Compact what is due; the seconds after which to look again."""
         now = time.monotonic()
         if now >= self._next_walk:
             self._next_walk = now + _WALK_SECONDS
             self._find_originals()
-        self._note_touched()
         if self._stopped_because or is_paused(self._store) or not self._workshop.lease_held():
-            return 1.0
+            return _TICK_SECONDS
         with self._changed:
-            path, waiting = min(self._queue.items(), key=lambda item: item[1].due, default=("", None))
-        if waiting is None:
-            return max(0.05, self._next_walk - now)
-        if waiting.due > now:
-            return min(waiting.due, self._next_walk) - now
-        self._take_turn(path, waiting)
-        return 0.0
+            due = [(path, waiting) for path, waiting in self._queue.items() if waiting.due <= now]
+        for path, waiting in sorted(due, key=lambda item: item[1].due):
+            if self._ending or self._stopped_because or is_paused(self._store):
+                break
+            self._take_turn(path, waiting)
+        return _TICK_SECONDS
 
     def _find_originals(self) -> None:
         """Queue every file that is no blob and has no verdict."""
@@ -202,22 +201,6 @@ class Scheduler:
             return known.state == "original"
         return st.st_size > 0 or may_be_blob(st)
 
-    def _note_touched(self) -> None:
-        with self._changed:
-            touched, self._touched = self._touched, set()
-        for path in touched:
-            try:
-                with open_parent(self._store.root_fd, path) as (directory, name):
-                    st = os.stat(name, dir_fd=directory, follow_symlinks=False)
-            except OSError:
-                with self._changed:
-                    self._queue.pop(path, None)
-                continue
-            if stat.S_ISDIR(st.st_mode):
-                self._next_walk = 0.0  # a renamed folder: all paths below are new
-            elif stat.S_ISREG(st.st_mode):
-                self._enqueue(path, st)
-
     def _enqueue(self, path: str, st: os.stat_result) -> None:
         identity = Identity.from_stat(st)
         with self._changed:
@@ -233,7 +216,12 @@ class Scheduler:
         except OSError:
             self._drop(path, waiting)
             return
-        if Identity.from_stat(st) != waiting.identity:
+        if stat.S_ISDIR(st.st_mode):
+            self._next_walk = 0.0  # a folder was renamed: all paths below are new
+        if not stat.S_ISREG(st.st_mode):
+            self._drop(path, waiting)
+            return
+        if waiting.identity is not None and Identity.from_stat(st) != waiting.identity:
             self._enqueue(path, st)
             return
         done = self._compact(path, again=False)

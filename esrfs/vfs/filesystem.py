@@ -85,6 +85,7 @@ class Filesystem:
         explain: Callable[[str], dict[str, object]] | None = None,
         wait_seconds: float = 120.0,
         threads: int = 1024,
+        errors_at_close: bool = True,
     ) -> None:
         """``on_change`` is told each path whose file came to rest after a change; ``explain`` answers ``user.esrfs.*``;
         ``threads`` is how many callbacks can run at once: three quarters of them may wait for reconstructions."""
@@ -95,11 +96,13 @@ class Filesystem:
         self._on_change = on_change
         self._explain = explain
         self.handles = Handles()
+        self._capabilities = xattrs.Capabilities()
         claims.is_open = self.handles.is_open
         self._directories = Directories(store.root_fd)
         self.attributes = Attributes(store, self.handles.is_plain)
         self.waits = Waits(int(threads * _SHARE_OF_THREADS_THAT_MAY_WAIT), wait_seconds)
         self._gives_away = os.geteuid() == 0
+        self._errors_at_close = errors_at_close
 
     # Names.
 
@@ -273,12 +276,19 @@ class Filesystem:
 
     def getxattr(self, path: str, name: str) -> bytes:
         self._visible(path)
+        if name == xattrs.CAPABILITY and self._capabilities.is_known_absent(path):
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         if xattrs.is_ours(name):
             if self._explain is None:
                 raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
             return xattrs.value(name, self._explain(path))
         directory, last = self._directories.parent(path)
-        return os.getxattr(f"/proc/self/fd/{directory.number}/{last}", name, follow_symlinks=False)
+        try:
+            return os.getxattr(f"/proc/self/fd/{directory.number}/{last}", name, follow_symlinks=False)
+        except OSError as error:
+            if name == xattrs.CAPABILITY and error.errno == errno.ENODATA:
+                self._capabilities.note_absent(path)
+            raise
 
     def setxattr(self, path: str, name: str, value: bytes, flags: int) -> None:
         if xattrs.is_ours(name):
@@ -287,6 +297,8 @@ class Filesystem:
         os.setxattr(f"/proc/self/fd/{directory.number}/{last}", name, value, flags, follow_symlinks=False)
         if name == DEFAULT_ACL:
             self._directories.forget(path)
+        elif name == xattrs.CAPABILITY:
+            self._capabilities.forget()
 
     def listxattr(self, path: str) -> list[str]:
         directory, last = self._directories.parent(self._visible(path))
@@ -353,7 +365,7 @@ class Filesystem:
             raise
         handle.written = True
         self.handles.admit(handle, path, _identity(st))
-        return Opened(handle.number)
+        return Opened(handle.number, flushes=self._errors_at_close)
 
     def open(self, path: str, flags: int) -> Opened:
         self._visible(path)
@@ -449,7 +461,8 @@ class Filesystem:
                 return Opened(handle.number, direct_io=True)
             identity = (identity, content.sha256)
         keep, direct = self.handles.admit(handle, path, identity)
-        return Opened(handle.number, keep, direct, flushes=handle.writable or view is not None)
+        flushes = view is not None or (handle.writable and self._errors_at_close)
+        return Opened(handle.number, keep, direct, flushes)
 
     def read_into(self, number: int, address: int, size: int, offset: int) -> int:
         """Read up to ``size`` bytes at ``offset`` to memory at ``address``; the number of bytes, 0 at the end."""
@@ -463,20 +476,13 @@ class Filesystem:
         content = self._content(handle, view)
         return native.pread_into(content.descriptor.number, address, size, offset)
 
-    def _content(self, handle: Handle, view: View) -> Content:
-        """The rebuilt view; waits for it. Raises OSError(EIO)."""
+    @staticmethod
+    def _content(handle: Handle, view: View, lane: Lane = Lane.INTERACTIVE) -> Content:
+        """The rebuilt view; waits for it. Raises OSError: EIO, or EINTR when who asks was killed."""
         content = view.content or view.look_in_cache()
         if content is not None:
             return content
-        ticket = handle.ticket
-        if ticket is None:
-            ticket = handle.ticket = view.order(Lane.INTERACTIVE)
-        try:
-            return view.wait(ticket, handle.file.path)
-        except OSError:
-            handle.ticket = None
-            ticket.release()
-            raise
+        return view.rebuild(lane, handle.number, handle.file.path)
 
     def write_from(self, number: int, address: int, size: int, offset: int) -> int:
         handle = self.handles.get(number)
@@ -529,8 +535,9 @@ class Filesystem:
         """A program closes a descriptor, or died: what only it waited for is no longer urgent. Reports late write
         errors."""
         handle = self.handles.get(number)
-        if handle.ticket is not None:
-            handle.ticket.demote()
+        view = handle.file.view
+        if view is not None:
+            view.demote(number)
         if handle.writable and handle.file.view is None:
             os.close(os.dup(handle.descriptor))  # NFS and quotas report from close
 
@@ -579,8 +586,7 @@ class Filesystem:
             handle = self.handles.get(opened.number)
             view = handle.file.view
             if view is not None and view.content is None:
-                handle.ticket = view.order(Lane.READ_AHEAD)
-                self._content(handle, view)
+                self._content(handle, view, Lane.READ_AHEAD)
         finally:
             self.release(opened.number)
 

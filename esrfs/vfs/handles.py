@@ -15,7 +15,6 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from esrfs.engine.client import Rebuilt, Ticket
 from esrfs.vfs.view import View
 
 Key = tuple[int, int]
@@ -47,7 +46,6 @@ class Handle:
     writable: bool
     pages: Pages | None = None
     """Set when this handle's reads go through the kernel's page cache."""
-    ticket: Ticket[Rebuilt] | None = None
     written: bool = False
 
 
@@ -113,8 +111,6 @@ class Handles:
                 handle.pages.opens -= 1
                 if handle.pages.opens == 0:
                     handle.pages.file = None
-        if handle.ticket is not None:
-            handle.ticket.release()
         os.close(handle.descriptor)
         return handle
 

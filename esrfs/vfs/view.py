@@ -4,7 +4,8 @@ Everything before and after the scan comes from the recipe, without the engine (
 reconstruction, whose result is a descriptor (of the cache's file, or of memory) that stays as it is until the last
 handle of the file is released: a program never sees bytes of two reconstructions.
 
-Locks: ``View._lock`` protects ``_content``; nothing is waited for under it. ``Waits`` counts callbacks that wait.
+Locks: ``View._lock`` protects ``_content`` and ``_tickets``; nothing is waited for under it. ``Waits`` counts callbacks
+that wait.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from esrfs.blob.container import BlobDamaged, NotABlob, unpack
@@ -29,6 +31,9 @@ from esrfs.vfs.descriptor import Descriptor
 
 log = logging.getLogger("esrfs.vfs")
 
+_LOOK_SECONDS = 0.5
+"""How often a read that waits looks whether somebody still wants it."""
+
 
 class Waits:
     """A bound on callbacks that wait, so that threads remain for everything else."""
@@ -40,6 +45,8 @@ class Waits:
         self.most = most
         self.seconds = seconds
         self.ending = False
+        self.caller_was_killed: Callable[[], bool] = lambda: False
+        """Whether the program that this thread serves was killed: it can't end before its read is answered."""
 
     @contextlib.contextmanager
     def slot(self, path: str) -> Iterator[None]:
@@ -107,6 +114,7 @@ class View:
         self._tail_start = self._head_end + recipe.scan_length
         self._lock = threading.Lock()
         self._content: Content | None = None
+        self._tickets: dict[int, set[Ticket[Rebuilt]]] = {}  # of reads that wait, by handle
 
     @property
     def content(self) -> Content | None:
@@ -135,17 +143,15 @@ class View:
         blob = unpack(os.pread(self._blob.number, size, 0))
         return blob.recipe_bytes, blob.avif
 
-    def order(self, lane: Lane) -> Ticket[Rebuilt]:
-        """Ask for the reconstruction; one runs however many ask."""
-        return self._engine.rebuild(self.recipe.sha256_view, self._load, lane)
+    def rebuild(self, lane: Lane, handle: int, path: str) -> Content:
+        """Wait for the reconstruction, on behalf of ``handle``; one runs however many wait. When nobody does any more,
+        it is cancelled.
 
-    def wait(self, ticket: Ticket[Rebuilt], path: str) -> Content:
-        """Wait for the reconstruction. Raises OSError(EIO) if it fails, is out of time, or the mount ends."""
-        if self._content is not None:
-            return self._content
+        Raises OSError: EIO if it fails, is out of time, or the mount ends; EINTR if the program was killed.
+        """
         try:
-            with self._waits.slot(path):
-                rebuilt = ticket.wait(self._waits.seconds)
+            with self._waits.slot(path), self._ticket(lane, handle) as ticket:
+                rebuilt = self._result(ticket)
         except TimeoutError:
             log.error(
                 "%s: not rebuilt within %.0f s; the read fails with EIO. The blob is untouched.",
@@ -164,6 +170,39 @@ class View:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         other = self.content  # of another waiter for the same reconstruction
         return other if other is not None else self._install(self._cache.put(self.key, rebuilt.view))
+
+    @contextlib.contextmanager
+    def _ticket(self, lane: Lane, handle: int) -> Iterator[Ticket[Rebuilt]]:
+        ticket = self._engine.rebuild(self.recipe.sha256_view, self._load, lane)
+        with self._lock:
+            self._tickets.setdefault(handle, set()).add(ticket)
+        try:
+            yield ticket
+        finally:
+            with self._lock:
+                self._tickets[handle].remove(ticket)
+                if not self._tickets[handle]:
+                    del self._tickets[handle]
+            ticket.release()
+
+    def _result(self, ticket: Ticket[Rebuilt]) -> Rebuilt:
+        deadline = time.monotonic() + self._waits.seconds
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                return ticket.wait(max(0.0, min(left, _LOOK_SECONDS)))
+            except TimeoutError:
+                if left <= _LOOK_SECONDS:
+                    raise
+            if self._waits.caller_was_killed():
+                raise OSError(errno.EINTR, os.strerror(errno.EINTR))
+
+    def demote(self, handle: int) -> None:
+        """A program closed this handle, or died: what only it waits for is no longer urgent."""
+        with self._lock:
+            tickets = list(self._tickets.get(handle, ()))
+        for ticket in tickets:
+            ticket.demote()
 
     def known(self, offset: int, size: int) -> bytes | None:
         """The bytes from ``offset``, if the recipe alone tells them; None if the scan is needed."""

@@ -49,8 +49,8 @@ def wrap_if_needed(store: Store, path: str, descriptor: int) -> None:
     except (OSError, ValueError) as error:
         why = str(error)
     log.error(
-        "%s: it is a blob of this store and could not be wrapped (%s): it is shown as the photograph that it stands for. "
-        "The bytes that were written are in the store.",
+        "%s: it is a blob of this store and could not be wrapped (%s): it is shown as the photograph that it stands "
+        "for. The bytes that were written are in the store.",
         path,
         why,
     )

@@ -7,9 +7,31 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Mapping
 
 PREFIX = "user.esrfs."
+CAPABILITY = "security.capability"
+_LIFE_SECONDS = 1.0
+_MOST = 4096
+
+
+class Capabilities:
+    """Which files were found to have no ``security.capability``, for a second: the kernel asks at every write."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, float] = {}
+
+    def is_known_absent(self, path: str) -> bool:
+        return time.monotonic() < self._until.get(path, 0.0)
+
+    def note_absent(self, path: str) -> None:
+        if len(self._until) >= _MOST:
+            self._until.clear()
+        self._until[path] = time.monotonic() + _LIFE_SECONDS
+
+    def forget(self) -> None:
+        self._until.clear()
 
 
 def is_ours(name: str) -> bool:
