@@ -10,7 +10,7 @@ the exceptions; the other functions import them when first called.
 
 from __future__ import annotations
 
-from esrfs.blob.recipe import Coding, JpegCoding
+from esrfs.blob.recipe import JpegCoding, PngCoding
 from esrfs.compaction.outcome import Reason
 from esrfs.formats.identify import identify
 from esrfs.formats.view import DoesNotFit, FittedView, Pixels, Split, Unsupported
@@ -63,7 +63,7 @@ def fit_view(split: Split, pixels: Pixels) -> FittedView:
     return split.fit(pixels)
 
 
-def encode_scan(coding: Coding, width: int, height: int, pixels: Pixels, length: int) -> bytes:
+def encode_scan(coding: JpegCoding | PngCoding, width: int, height: int, pixels: Pixels, length: int) -> bytes:
     """The scan of a view again: exactly ``length`` bytes, the same for the same pixels and encoder.
 
     Pixels that differ from those at compaction (other hardware) and would need more are softened, just enough.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from esrfs.blob import recipe
-from esrfs.blob.recipe import Coding, Literal, Run, Span
+from esrfs.blob.recipe import JpegCoding, Literal, PngCoding, Run, Span
 from esrfs.compaction.outcome import Reason
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class DoesNotFit(Exception):  # noqa: N818
 class FittedView:
     """A view: ``prefix``, ``scan`` and ``suffix`` have exactly the original's length together."""
 
-    coding: Coding
+    coding: JpegCoding | PngCoding
     prefix: list[Span]
     scan: bytes
     suffix: list[Span]
