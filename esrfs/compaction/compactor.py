@@ -244,7 +244,7 @@ class _Compaction:
             scores=scores,
             created_by=f"esrfs {__version__}",
         )
-        again = formats.encode_scan(recipe.coding, width, height, pixels, recipe.scan_length)
+        again = formats.encode_scan(fitted.coding, width, height, pixels, recipe.scan_length)
         if again != fitted.scan or len(view) != len(self.original):
             message = "the view's encoder doesn't give the same bytes twice; please report this with the picture"
             return _refused(Reason.ERROR, message, self.split, self.best_score)
