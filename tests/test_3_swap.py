@@ -306,6 +306,35 @@ def test_interruption_and_a_lost_lease_stop_it_whenever_they_are_noticed(place, 
         assert place.staged() == []
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+def test_a_user_without_privileges_can_compact_own_files_only(place, expect_log):
+    """No chown, no CAP_LEASE: enough for files of one's own; a verdict for those of others."""
+    root = place.root
+    for path in (root.parent, root, *root.rglob("*")):
+        os.chown(path, 65534, 65534)
+    child = os.fork()
+    if child == 0:
+        status = 9
+        try:
+            os.chdir(root)
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            with open_store(".") as store:
+                mine = Place(Path("."), store, place.blob)
+                mine.put_blob()
+                assert mine.materialise(ORIGINAL) == ORIGINAL
+                os.utime(mine.file, ns=(MTIME, MTIME))
+                mine.put_blob()
+                os.close(swap.restore(store, "sub/photo.jpg"))
+                status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert place.file.read_bytes() == ORIGINAL
+    assert os.stat(place.file).st_uid == 65534
+
+
 # ---- crashes
 
 WORKER = """
@@ -318,9 +347,9 @@ data = open(data, "rb").read()
 with open_store(root) as store:
     fd = os.open(os.path.join(root, path), os.O_RDONLY)
     if what == "swap":
-        original = os.pread(fd, 1 << 24, 0)
-        result = swap.swap_in(store, path, fd, Identity.from_stat(os.fstat(fd)), data, hashlib.sha256(original).digest(),
-                              lease_ok=lambda: True, interrupted=lambda: False)
+        digest = hashlib.sha256(os.pread(fd, 1 << 24, 0)).digest()
+        identity = Identity.from_stat(os.fstat(fd))
+        result = swap.swap_in(store, path, fd, identity, data, digest, lease_ok=lambda: True, interrupted=lambda: False)
         assert result.status == "done", result
     elif what == "restore":
         swap.restore(store, path)
@@ -713,6 +742,56 @@ def test_a_failed_fsync_of_the_ledger_is_not_retried(place, at_point):
     with pytest.raises(OSError, match="the ledger failed before"):
         place.swap()
     assert place.file.read_bytes() == ORIGINAL
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A filesystem of 1 MiB with a store, and the store."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount")
+    try:
+        yield from make_place(disk, "exchange")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_on_a_full_disk_nothing_is_lost(small_disk, expect_log):
+    """Of every size that is left free: each step meets a full disk at some point."""
+    expect_log("ledger takes no record|can't be taken back yet")
+    place = small_disk
+    filler = place.root.parent / "filler"
+    filler.write_bytes(bytes(1 << 20 >> 1))
+    results = set()
+    for free in range(0, 64 * 1024, 4096):
+        with open(filler, "ab") as file:
+            try:
+                while True:
+                    os.write(file.fileno(), bytes(4096))
+            except OSError:
+                pass
+        os.truncate(filler, max(0, filler.stat().st_size - free))
+        for what in (place.swap, place.materialise):
+            if what == place.materialise and place.file.read_bytes() != place.blob:
+                continue
+            try:
+                results.add(str(getattr(what(), "status", "view")))
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+                results.add("full")
+            assert place.file.read_bytes() in (ORIGINAL, place.blob, VIEW)
+            assert place.staged() == []
+            if place.file.read_bytes() == VIEW:
+                place.file.write_bytes(b"")
+                os.truncate(filler, 0)
+                place.file.write_bytes(ORIGINAL)
+                for name in os.listdir(place.store.originals_fd):
+                    os.unlink(name, dir_fd=place.store.originals_fd)
+    assert results >= {"full", "done"}
+    os.truncate(filler, 0)
+    assert recovery.recover(place.store).problems == []
 
 
 # ---- a blob becomes a plain file

@@ -17,6 +17,7 @@ Catalog, view cache and sockets are not in the store; ``esrfs.config`` says wher
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -304,9 +305,7 @@ def open_store(path: str, readonly: bool = False) -> Store:
         readonly = readonly or config.format_version > FORMAT_VERSION or bool(set(config.features) - KNOWN_FEATURES)
         host = host_id(config.id)
         if not readonly:
-            for name in (STAGING, LEDGER, ORIGINALS, NETWORKS, f"{STAGING}/{host}", f"{LEDGER}/{ledger.SETTLED}"):
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(name, 0o700, dir_fd=meta_fd)
+            readonly = not _make_directories(meta_fd, host)
         staging_fd = -1
         with contextlib.suppress(FileNotFoundError):
             staging_fd = directory(f"{STAGING}/{host}", meta_fd)
@@ -337,6 +336,20 @@ def open_store(path: str, readonly: bool = False) -> Store:
                 Problem.REFUSED,
             ) from error
         raise
+
+
+def _make_directories(meta_fd: int, host: str) -> bool:
+    """Make what is missing, this host's staging directory at least. False on a read-only filesystem."""
+    for name in (STAGING, LEDGER, ORIGINALS, NETWORKS, f"{STAGING}/{host}", f"{LEDGER}/{ledger.SETTLED}"):
+        try:
+            os.mkdir(name, 0o700, dir_fd=meta_fd)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            return False
+    return os.access(".", os.W_OK, dir_fd=meta_fd)
 
 
 def _config_of_any_version(text: str, where: str) -> StoreConfig:

@@ -87,13 +87,13 @@ class CompactorLease:
             self._holding = False
 
     def close(self) -> None:
-        """Release, and let go of the file."""
+        """Release, and let go of the file; no harm when done already."""
+        if self._fd < 0:
+            return
         with contextlib.suppress(OSError):
             self.release()
-        with self._lock:
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
+        os.close(self._fd)
+        self._fd = -1
 
     def _is_free(self, line: bytes, name: str) -> bool:
         if name == _NOBODY:

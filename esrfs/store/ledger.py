@@ -173,11 +173,11 @@ def decode(data: bytes) -> Reading:
 
 def _decode_line(line: bytes) -> Record | None:
     crc, _, text = line.partition(b" ")
+    if crc != b"%08x" % zlib.crc32(text):
+        return None
     try:
-        if len(crc) != 8 or int(crc, 16) != zlib.crc32(text):
-            return None
         record: Record = _decoder.decode(text)
-    except ValueError:  # msgspec.DecodeError is one
+    except msgspec.DecodeError:
         return None
     return record
 
