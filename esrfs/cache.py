@@ -198,13 +198,14 @@ class ViewCache:
 
     # What the vfs calls.
 
-    def get(self, key: str) -> Hit | None:
-        """The cached view; None when it is not there."""
+    def get(self, key: str, *, by_the_way: bool = False) -> Hit | None:
+        """The cached view; None when it is not there, which is no miss when it is asked for ``by_the_way``: by a
+        program that opens the file and may never read its pixels."""
         hit = self._attempt("a look-up", lambda: self._find(key), None)
-        if hit is None:
-            self.misses += 1
-        else:
+        if hit is not None:
             self.hits += 1
+        elif not by_the_way:
+            self.misses += 1
         return hit
 
     def contains(self, key: str) -> bool:

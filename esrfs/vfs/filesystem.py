@@ -455,7 +455,7 @@ class Filesystem:
         view = handle.file.view
         identity: object = _identity(st)
         if view is not None:
-            content = view.look_in_cache()
+            content = view.look_in_cache(by_the_way=True)
             if content is None:
                 # Until it is rebuilt: the kernel's read-ahead must not ask for pixels that the program never reads.
                 return Opened(handle.number, direct_io=True)

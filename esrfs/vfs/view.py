@@ -121,13 +121,13 @@ class View:
         """The rebuilt view, if it is there."""
         return self._content
 
-    def look_in_cache(self) -> Content | None:
+    def look_in_cache(self, *, by_the_way: bool = False) -> Content | None:
         """Take the view from the cache, if it is there and was not taken before; or from the recipe that holds it
-        all."""
+        all. ``by_the_way``: nobody reads yet."""
         if self._content is None:
             if self.recipe.scan_length == 0:
                 self._install(self._cache.put(self.key, self._head.read(0, self.size) + self._tail.read(0, self.size)))
-            elif (hit := self._cache.get(self.key)) is not None:
+            elif (hit := self._cache.get(self.key, by_the_way=by_the_way)) is not None:
                 self._install(hit)
         return self._content
 
