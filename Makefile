@@ -5,7 +5,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 PHOTOS ?=
-BENCHMARKS ?= small_files
+BENCHMARKS ?= small_files views
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:

@@ -23,7 +23,8 @@ from esrfs.vfs import native
 class Passthrough(mfusepy.FUSE):  # type: ignore[misc]
     def __init__(self, root: str, mountpoint: str) -> None:
         self._root = os.fsencode(root)
-        names = "getattr mkdir unlink rmdir rename open read write release opendir readdir releasedir init create utimens getxattr"
+        names = "getattr mkdir unlink rmdir rename open read write "
+        names += "release opendir readdir releasedir init create utimens getxattr"
         super().__init__(
             SimpleNamespace(use_ns=True, **dict.fromkeys(names.split(), True)),
             mountpoint,

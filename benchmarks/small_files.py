@@ -1,8 +1,8 @@
 """Small and large plain files: the native directory, a tuned mfusepy pass-through, and esrfs, in one run.
 
-``python -m benchmarks.small_files [--rounds N]`` prints operations per second (the median of the rounds), and the ratios of
-esrfs to the pass-through and to native. The three take turns within each round, so that a machine whose speed drifts does
-not favour one.
+``python -m benchmarks.small_files [--rounds N]`` prints operations per second (the median of the rounds), and the
+ratios of esrfs to the pass-through and to native. The three take turns within each round, so that a machine whose
+speed drifts does not favour one.
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ def workloads(directory: Path) -> Iterator[tuple[str, float]]:
         fd = os.open(names[number], os.O_RDONLY)
         os.read(fd, SIZE)
         os.close(fd)
+
+    def unlink(number: int) -> None:
+        os.unlink(names[number])
 
     def measured(name: str, count: int, work: Callable[[], object]) -> tuple[str, float]:
         start = time.perf_counter()
@@ -110,7 +113,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     figures: dict[str, dict[str, list[float]]] = {}
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:  # noqa: S108 (memory: the disk is not what is measured)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:  # memory: the disk is not what is measured
         base = Path(folder)
         native = base / "native"
         native.mkdir()
@@ -126,9 +129,8 @@ def main() -> None:
     )
     for name, values in figures.items():
         plain, peer_value, ours = (statistics.median(values[where]) for where in ("native", "pass-through", "esrfs"))
-        print(
-            f"| {name} | {plain:,.0f} | {peer_value:,.0f} | {ours:,.0f} | {ours / peer_value:.2f} | {ours / plain:.3f} |"
-        )
+        row = (f"{plain:,.0f}", f"{peer_value:,.0f}", f"{ours:,.0f}", f"{ours / peer_value:.2f}", f"{ours / plain:.3f}")
+        print(f"| {name} | {' | '.join(row)} |")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from esrfs import control
+from esrfs import config, control
 from esrfs.cli import paths
 from esrfs.cli.show import CommandError, note
 from esrfs.exit_codes import ExitCode
@@ -69,6 +69,8 @@ def umount(
             signal.pidfd_send_signal(process, signal.SIGTERM)  # it detaches, and gives waiting readers a last while
         else:
             _detach(place.mountpoint, lazily=force)
+        if process is None:
+            _unguard(place)
         if process is not None and not _has_ended(process):
             note(
                 f"{place.mountpoint} is unmounted, but its process is still busy; "
@@ -78,6 +80,17 @@ def umount(
     finally:
         if process is not None:
             os.close(process)
+
+
+def _unguard(mount: paths.Mount) -> None:
+    """A mount that was killed left the directory below it unwritable: now it is as it was before."""
+    from esrfs.mount.guard import guarded  # noqa: PLC0415
+    from esrfs.store import layout  # noqa: PLC0415
+    from esrfs.store.errors import StoreError  # noqa: PLC0415
+
+    with contextlib.suppress(StoreError, OSError), layout.open_store(mount.store, readonly=True) as store:
+        with guarded(mount.mountpoint, config.state_directory(store.config.id)) as guard:
+            guard.end()
 
 
 def is_mount_helper(program: str, arguments: Sequence[str], commands: Container[str]) -> bool:

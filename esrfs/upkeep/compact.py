@@ -45,6 +45,8 @@ _TEMPORARY = re.compile(
 _LARGEST = 1 << 30
 """Bytes: no camera writes larger JPEG or PNG files, and the engine holds an original in memory."""
 _POLL_SECONDS = 0.1
+_SETTLED = (Verdict.REFUSED, Verdict.PASSED_THROUGH, "original")
+"""States in the catalog that stand until somebody names the file; ``original``: brought back from the undo window."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,15 @@ def _compact_open(workshop: Workshop, path: str, name: str, descriptor: int, aga
     st = os.fstat(descriptor)
     if not stat.S_ISREG(st.st_mode):
         return Done(path, "left", message="it is no regular file")
-    if examine(workshop.store, descriptor, st) is not None:
-        return Done(path, "blob")
     identity = Identity.from_stat(st)
     known = workshop.catalog.get(identity)
-    if known is not None and known.state in (Verdict.REFUSED, Verdict.PASSED_THROUGH) and not again:
+    blob = examine(workshop.store, descriptor, st)
+    if blob is not None:
+        if known is None:
+            entry = Entry(state="blob", view_size=blob.view_size, stored_bytes=st.st_blocks * 512, path=path)
+            workshop.catalog.put(identity, entry)
+        return Done(path, "blob")
+    if known is not None and known.state in _SETTLED and not again:
         return Done(path, known.state, known.reason, known.message, st.st_size, st.st_blocks * 512)
     verdict = _verdict_before_reading(name, descriptor, st)
     if verdict is not None:

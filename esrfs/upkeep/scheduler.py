@@ -29,7 +29,6 @@ from esrfs.engine.client import EngineError
 from esrfs.networks.registry import WeightsError
 from esrfs.store.beneath import open_parent
 from esrfs.store.errors import StoreError
-from esrfs.store.examine import may_be_blob
 from esrfs.store.identity import Identity
 from esrfs.store.layout import Store
 from esrfs.upkeep import compact, walk
@@ -195,11 +194,8 @@ class Scheduler:
         log.debug("a walk of the store found %d files to look at", found)
 
     def _looks_open(self, st: os.stat_result) -> bool:
-        """Whether this file may have to be compacted."""
-        known = self._workshop.catalog.get(Identity.from_stat(st))
-        if known is not None:
-            return known.state == "original"
-        return st.st_size > 0 or may_be_blob(st)
+        """Whether this file may have to be compacted: nothing is known of its present content."""
+        return st.st_size > 0 and self._workshop.catalog.get(Identity.from_stat(st)) is None
 
     def _enqueue(self, path: str, st: os.stat_result) -> None:
         identity = Identity.from_stat(st)
