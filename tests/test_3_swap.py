@@ -828,6 +828,25 @@ def test_materialise_without_knowing_the_name_is_in_place(place, path):
     assert os.stat(place.file).st_ino == inode
 
 
+def test_materialise_in_a_write_protected_directory_is_in_place(place, monkeypatch):
+    """Who may write to a file need not be allowed to change the names in its directory."""
+    place.put_blob()
+    inode = os.stat(place.file).st_ino
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "write-protected")
+
+    monkeypatch.setattr(swap.exchange, "exchange", refuse)
+    assert place.materialise() == VIEW
+    assert place.file.read_bytes() == VIEW
+    assert os.stat(place.file).st_ino == inode
+    assert place.staged() == []
+    place.file.write_bytes(ORIGINAL)
+    os.utime(place.file, ns=(MTIME, MTIME))
+    assert place.swap().status is SwapStatus.UNAVAILABLE
+    assert place.file.read_bytes() == ORIGINAL
+
+
 def test_materialise_of_a_deleted_file_gives_a_file_without_name(place):
     place.put_blob()
     blob_fd = os.open(place.file, os.O_RDONLY)

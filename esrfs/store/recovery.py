@@ -129,7 +129,8 @@ def _recover_session(store: Store, name: str, session: str, fd: int, report: Rep
             _clean(store, staged, fd, reading.damaged, report)
     faults.reach("recovery.cleaned")
     if ended:
-        ledger.settle(store.ledger_fd, name)
+        with suppress(FileNotFoundError):  # its process settled it itself, and ended, between our look and our lock
+            ledger.settle(store.ledger_fd, name)
 
 
 def _clean(store: Store, staged: staging.Staged, ledger_fd: int, damaged: int, report: Report) -> None:

@@ -69,6 +69,8 @@ PLAIN_FAULT_POINTS = (
 
 _CHUNK = 1 << 20
 _ATTEMPTS = 4
+_FIXED = (errno.EACCES, errno.EPERM, errno.EXDEV, errno.EINVAL)
+"""What an exchange answers where it can't be done: a protected directory, an immutable file, another filesystem."""
 
 
 class SwapStatus(enum.StrEnum):
@@ -477,7 +479,7 @@ def _giving_up_for_the_name() -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             raise _GiveUp(SwapStatus.CHANGED, "it was renamed or deleted while it was being compacted") from None
-        if error.errno in (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EINVAL):
+        if error.errno in _FIXED:
             raise _GiveUp(
                 SwapStatus.UNAVAILABLE, f"this name can't be exchanged: {os.strerror(error.errno)}"
             ) from error
@@ -514,9 +516,10 @@ def materialise(
     ``path``: its name as far as known, or None. ``blob_fd``: the blob, open for reading at least. ``write_view(fd)``
     writes the whole view to an empty file. Owner, mode, xattrs and times are those of the blob now.
 
-    If ``path`` is the blob's only name, the names are exchanged: a new inode. If it has other names, or its name is not
-    known, its own inode is overwritten from a durable copy. If it has no name any more, the new file has none either.
-    Raises OSError (also what ``write_view`` raises), with the blob untouched; EBUSY if others keep replacing the name.
+    If ``path`` is the blob's only name, the names are exchanged: a new inode. If it has other names, its name is not
+    known, or its directory is write-protected, its own inode is overwritten from a durable copy. If it has no name
+    any more, the new file has none either. Raises OSError (also what ``write_view`` raises), with the blob untouched;
+    EBUSY if others keep replacing the name.
     """
     faults.reach("plain.begin")
     if os.fstat(blob_fd).st_nlink == 0:
@@ -563,6 +566,8 @@ class _PlainWork:
     purpose: str
     pending: bool = False
     """An intent is in the ledger, and what lies in staging may be more than our own file."""
+    names_fixed: bool = False
+    """The directory's names can't be changed by this process (it may be write-protected); the file's content can."""
 
 
 def _make_plain(work: _PlainWork, path: str | None) -> int | None:
@@ -577,7 +582,7 @@ def _make_plain(work: _PlainWork, path: str | None) -> int | None:
     if st.st_nlink == 0:
         staging.remove(store, work.staged)
         return fd
-    if path is not None and st.st_nlink == 1 and store.config.probe.exchange:
+    if path is not None and st.st_nlink == 1 and store.config.probe.exchange and not work.names_fixed:
         with ExitStack() as stack:
             directory = None
             with contextlib.suppress(OSError):
@@ -616,6 +621,9 @@ def _exchange_for_plain(work: _PlainWork, path: str, directory: int, name: str, 
         # A name that is gone stays gone; the next attempt finds out what the blob is called now, if anything.
         _best_effort(store, Undone(job=intent.job, why=str(error)))
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return False
+        if error.errno in _FIXED:
+            work.names_fixed = True
             return False
         raise
     work.pending = True
