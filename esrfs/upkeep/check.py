@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import random
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -72,34 +73,45 @@ def check(
     for found in walk.files(store):
         files += 1
         on_progress(files, total, found.path)
-        try:
-            descriptor = beneath(found.directory, found.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            findings.append(
-                Finding(severity="note", path=found.path, problem="unreadable", message=f"it can't be opened: {error}")
-            )
-            continue
-        try:
-            st = os.fstat(descriptor)
-            genuine = _is_ours(store, descriptor, st)
-            if genuine is None:
-                findings += _moved_box(store, found.path, descriptor, st.st_size)
-                continue
-            blobs += 1
-            data = _read_all(descriptor, st.st_size)
-        except OSError as error:
-            findings.append(_damage(found.path, "unreadable", f"reading it fails: {error}"))
-            continue
-        finally:
-            os.close(descriptor)
-        blob, problems = _blob(store, found.path, data, genuine, networks)
+        blob, problems = _look_at(store, found.path, networks)
         findings += problems
+        blobs += blob is not None
         if blob is not None and rebuild is not None and not problems:
             rebuilt += 1
             findings += _view(found.path, blob, rebuild)
     return Report(files=files, blobs=blobs, rebuilt=rebuilt, findings=findings)
+
+
+def sample(store: Store, count: int) -> list[Finding]:
+    """What is wrong with ``count`` blobs drawn at random; all of them where there are fewer. Rebuilds nothing.
+
+    Raises OSError when the store itself can't be read.
+    """
+    likely = [found.path for found in walk.files(store) if may_be_blob(found.st)]
+    networks: dict[bytes, str | None] = {}
+    drawn = random.sample(likely, min(count, len(likely)))
+    return [finding for path in drawn for finding in _look_at(store, path, networks)[1]]
+
+
+def _look_at(store: Store, path: str, networks: dict[bytes, str | None]) -> tuple[container.Blob | None, list[Finding]]:
+    """The blob at ``path``, None for another file or a damaged one; and what is wrong with it."""
+    try:
+        descriptor = beneath(store.root_fd, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None, []
+    except OSError as error:
+        return None, [_note(path, "unreadable", f"it can't be opened: {error}")]
+    try:
+        st = os.fstat(descriptor)
+        genuine = _is_ours(store, descriptor, st)
+        if genuine is None:
+            return None, _moved_box(store, path, descriptor, st.st_size)
+        data = _read_all(descriptor, st.st_size)
+    except OSError as error:
+        return None, [_damage(path, "unreadable", f"reading it fails: {error}")]
+    finally:
+        os.close(descriptor)
+    return _blob(store, path, data, genuine, networks)
 
 
 def _damage(path: str, problem: str, message: str) -> Finding:

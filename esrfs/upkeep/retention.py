@@ -1,5 +1,5 @@
-"""The undo window over time: days are counted, and originals whose window is over leave it. Only the compactor does
-this."""
+"""The store over time, and its undo window: days are counted, and originals whose window is over leave it. Only the
+compactor does this."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from collections.abc import Callable
 
 from esrfs.store import ledger, originals
 from esrfs.store.layout import Store
+from esrfs.upkeep import check
 
 log = logging.getLogger("esrfs.upkeep")
 
 _EVERY_SECONDS = 3600.0
+_SAMPLE = 50
+"""Blobs that are read and checked when a mount starts."""
 _ROOM_BYTES = 2 * 2**30
 """What is freed at least when space is low, so that the next file does not ask again."""
 
@@ -51,8 +54,19 @@ def make_room(store: Store) -> None:
     purge(store, _ROOM_BYTES)
 
 
+def look_at_some_blobs(store: Store) -> None:
+    """A sample of the blobs, once for each mount: damage is told before somebody needs the photograph. Never raises."""
+    try:
+        findings = check.sample(store, _SAMPLE)
+    except OSError as error:
+        log.error("%s: its blobs could not be looked at (%s)", store.path, error)
+        return
+    for finding in findings:
+        log.error("%s: %s", finding.path, finding.message)
+
+
 class Retention(threading.Thread):
-    """Looks after the undo window every hour, while this process is the compactor."""
+    """Looks at a sample of the blobs, and after the undo window every hour while this process is the compactor."""
 
     def __init__(self, store: Store, lease_held: Callable[[], bool]) -> None:
         super().__init__(name="esrfs-retention", daemon=True)
@@ -61,6 +75,7 @@ class Retention(threading.Thread):
         self._ending = threading.Event()
 
     def run(self) -> None:
+        look_at_some_blobs(self._store)
         while not self._ending.is_set():
             if self._lease_held():
                 try:
