@@ -32,8 +32,8 @@ Pixels = npt.NDArray[np.uint8]
 
 SMALLEST_SIDE = 64
 """Pixels. Below that the view's fixed parts weigh more than its pixels."""
-_SAMPLE_TILE = 512
-_SAMPLE_TILES = (2, 3)
+_SAMPLE_TILE = 256
+_SAMPLE_TILES = (4, 6)
 """Rows and columns of parts that stand for the whole picture while the plan is made: 1.6 megapixels."""
 _TRIES = 5
 _FIRST_LEVEL = {"faithful": 50, "high": 34, "balanced": 27, "small": 21}

@@ -67,7 +67,7 @@ def least_passing(
                 break
         else:
             worse = trial
-            needed = max(1, _guess(trials) - level)
+            needed = max(1, min(_guess(trials), high) - level)
             if trial.size * _GROWTH**needed > largest:
                 break
         floor = worse.level + 1 if worse else low

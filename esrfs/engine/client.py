@@ -473,8 +473,8 @@ class Engine:
         return self._settings.time_limit if job.lane == Lane.INTERACTIVE else self._settings.compaction_time_limit
 
     def _idle_for(self) -> float:
-        """[lock] Seconds that the worker has had nothing to do; 0 when there is none, or it is needed."""
-        if self._waiting or self._in_flight or self._worker is None:
+        """[lock] Seconds that the worker has had nothing to do; 0 when there is none, it is needed or just starting."""
+        if self._waiting or self._in_flight or self._worker is None or not self._worker.ready:
             return 0.0
         return time.monotonic() - self._idle_since
 
@@ -546,6 +546,7 @@ class Engine:
                 log.info("engine ready: %s, %d threads", device, threads)
                 with self._lock:
                     worker.ready = True
+                    self._idle_since = time.monotonic()
                     self._changed.notify_all()
             case protocol.NeedWeights(sha256=sha256):
                 try:
