@@ -37,6 +37,15 @@ NEW_SHARE = 0.25
 PROMOTE_AFTER_SECONDS = 30.0
 """A second request within this time is the same program still at work, no sign that the view is wanted again."""
 
+_TROUBLE_WITH_THE_DISK = (
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_BUSY,
+)
+"""The database may be quite well: it is not to be emptied."""
 _FAILURES = (OSError, sqlite3.Error, diskcache.Timeout, ValueError)
 
 T = TypeVar("T")
@@ -127,6 +136,8 @@ class ViewCache:
         try:
             return diskcache.Cache(str(directory), **settings)
         except (sqlite3.DatabaseError, ValueError) as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _TROUBLE_WITH_THE_DISK:
+                raise
             log.warning("view cache %s is damaged (%s); it is emptied and started anew", directory, error)
             for entry in sorted(directory.rglob("*"), reverse=True):
                 if entry.is_dir():

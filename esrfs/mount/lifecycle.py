@@ -294,15 +294,15 @@ class Mount:
         self._served = threading.Event()
         self._one_end = threading.Lock()
         self._why_no_compaction = ""
+        self._trouble = ""
 
     def __enter__(self) -> Mount:
         store, options = self._store, self._options
         with contextlib.ExitStack() as opened:
             self._guard = opened.enter_context(guarded(self._mountpoint, config.state_directory(store.config.id)))
             if not store.readonly:
-                lease = self._lease = CompactorLease(store)
-                opened.callback(lease.close)
-                self._become_compactor(lease)
+                opened.callback(self._let_go_of_lease)
+                self._take_charge()
             self._catalog = Catalog(str(config.state_directory(store.config.id) / "catalog.db"))
             opened.callback(self._catalog.close)
             self._cache = ViewCache(config.cache_directory(store.config.id), options.cache_size, options.cache_floor)
@@ -338,11 +338,32 @@ class Mount:
             self._closing.close()
 
     def _is_compactor(self) -> bool:
-        return self._lease is not None and self._lease.held
+        return self._lease is not None and self._lease.held and not self._trouble
 
-    def _become_compactor(self, lease: CompactorLease) -> None:
-        """Take the lease if it is free, and end what a crash cut short."""
-        if lease.acquire():
+    def _take_charge(self) -> None:
+        """Take the lease if it is free, and end what a crash cut short.
+
+        On a disk that is full or failing the ledger may take no record. What is there is served all the same, without
+        compaction; :meth:`_keep_lease` comes back to it.
+        """
+        try:
+            if self._lease is None:
+                self._lease = CompactorLease(self._store)
+            self._lease.acquire()
+            self._recover()
+        except OSError as error:
+            if not self._trouble:
+                log.warning("%s: the ledger can't be written (%s); nothing is compacted", self._store.path, error)
+            self._trouble = f"the ledger can't be written: {error.strerror}"
+        else:
+            self._trouble = ""
+
+    def _let_go_of_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.close()
+
+    def _recover(self) -> None:
+        if self._lease is not None and self._lease.held:
             count_day(self._store)
         report = recovery.recover(self._store)
         for path in report.finished + report.undone:
@@ -355,6 +376,8 @@ class Mount:
     def _compaction_state(self) -> str:
         if self._why_no_compaction:
             return f"off: {self._why_no_compaction}"
+        if self._trouble:
+            return f"off: {self._trouble}"
         if not self._is_compactor():
             return "off: the store is read-only" if self._store.readonly else "off: another mount compacts this store"
         return self._scheduler.state
@@ -367,6 +390,8 @@ class Mount:
         source = self._store.path.replace("\\", "\\\\").replace(",", "\\,")
         libfuse: dict[str, str | bool] = {
             **self._options.libfuse,
+            # A store of a newer format, or on a read-only filesystem, is only shown.
+            **({"ro": True} if self._store.readonly else {}),
             "fsname": source,
             "subtype": "esrfs",
             "default_permissions": True,
@@ -413,11 +438,12 @@ class Mount:
             self._closing.callback(server.stop)
         except OSError as error:
             log.error("%s: commands can't reach this mount: %s", self._mountpoint, error)
-        log.info("%s is mounted at %s", self._store.path, self._mountpoint)
+        how = ", read-only" if self._store.readonly else ""
+        log.info("%s is mounted at %s%s", self._store.path, self._mountpoint, how)
         ready()
         privileges.notify_service_manager("READY=1")
-        if self._lease is not None:
-            threading.Thread(target=self._keep_lease, args=(self._lease,), name="esrfs-lease", daemon=True).start()
+        if not self._store.readonly:
+            threading.Thread(target=self._keep_lease, name="esrfs-lease", daemon=True).start()
             retention = Retention(self._store, self._is_compactor)
             retention.start()
             self._closing.callback(retention.stop)
@@ -435,10 +461,13 @@ class Mount:
             return
         self._scheduler.start()
 
-    def _keep_lease(self, lease: CompactorLease) -> None:
+    def _keep_lease(self) -> None:
         while not self._ending.wait(RENEW_SECONDS):
+            lease = self._lease
             try:
-                if lease.held:
+                if lease is None or self._trouble:
+                    self._take_charge()
+                elif lease.held:
                     lease.renew()
                 elif lease.acquire():
                     log.info("%s: this mount compacts from now on", self._store.path)
