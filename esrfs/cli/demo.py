@@ -34,7 +34,6 @@ _SHIPPED = (
     "coffee.png",
     "hubble_deep_field.jpg",
     "motorcycle_left.png",
-    "retina.jpg",
     "rocket.jpg",
 )
 """The photographs among the images that come with scikit-image."""
