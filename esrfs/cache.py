@@ -57,6 +57,8 @@ class Hit(NamedTuple):
     descriptor: int
     sha256: str
     """Hex, of these very bytes; differs from the key when a reconstruction could not be repeated exactly."""
+    in_memory: bool = False
+    """Not in the cache, but in memory."""
 
 
 class _RawDisk(diskcache.Disk):  # type: ignore[misc]
@@ -235,7 +237,7 @@ class ViewCache:
         written = 0
         while written < len(view):
             written += os.write(descriptor, memoryview(view)[written:])
-        return Hit(descriptor, digest)
+        return Hit(descriptor, digest, in_memory=True)
 
     def drop(self, key: str) -> None:
         """Forget one view: its photograph was deleted."""

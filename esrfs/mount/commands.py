@@ -102,7 +102,7 @@ def handlers(
         return {**filesystem.cache.measure(), "hits": filesystem.cache.hits, "misses": filesystem.cache.misses}
 
     def cache_clear(arguments: dict[str, Any], emit: Emit) -> dict[str, Any]:
-        return {"cleared": filesystem.cache.clear()}
+        return {"cleared": filesystem.clear_cache()}
 
     def cache_warm(arguments: dict[str, Any], emit: Emit) -> dict[str, Any]:
         paths = [found.path for found in walk.files(store, _paths(arguments))]

@@ -95,6 +95,8 @@ class Content:
 
     descriptor: Descriptor
     sha256: str
+    in_memory: bool
+    """The cache could not take it."""
 
 
 class View:
@@ -104,6 +106,9 @@ class View:
         self.recipe = recipe
         self.size = recipe.original_size
         self.key = recipe.sha256_view.hex()
+        self.verbatim_bytes = sum(
+            len(span.data) for span in (*recipe.prefix, *recipe.suffix) if isinstance(span, Literal)
+        )
         self._blob = blob
         self._engine = engine
         self._cache = cache
@@ -121,6 +126,11 @@ class View:
         """The rebuilt view, if it is there."""
         return self._content
 
+    @property
+    def takes_memory(self) -> bool:
+        """The rebuilt view is in memory, since the cache could not take it."""
+        return self._content is not None and self._content.in_memory
+
     def look_in_cache(self, *, by_the_way: bool = False) -> Content | None:
         """Take the view from the cache, if it is there and was not taken before; or from the recipe that holds it
         all. ``by_the_way``: nobody reads yet."""
@@ -132,7 +142,7 @@ class View:
         return self._content
 
     def _install(self, hit: Hit) -> Content:
-        content = Content(Descriptor(hit.descriptor), hit.sha256)
+        content = Content(Descriptor(hit.descriptor), hit.sha256, hit.in_memory)
         with self._lock:
             if self._content is None:
                 self._content = content
