@@ -10,13 +10,13 @@ import shutil
 import signal
 import stat
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from esrfs.store import recovery, swap
+from tests.asking import Asking
 from tests.witness import MODE, MTIME, QuickMounted, digest, paused_at, photo, put, wait_until
 
 pytestmark = pytest.mark.mount
@@ -167,30 +167,6 @@ def kill_engine(mount: QuickMounted, flag: Path) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-class Asking(threading.Thread):
-    """Does something that may take long, beside the test; ``result()`` waits for it and gives what came of it."""
-
-    def __init__(self, work: Callable[[], object]) -> None:
-        super().__init__(daemon=True)
-        self._work = work
-        self._result: object = None
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._result = self._work()
-        except BaseException as error:
-            self._error = error
-
-    def result(self, seconds: float = 60.0) -> object:
-        self.join(seconds)
-        assert not self.is_alive(), f"no answer within {seconds} s"
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-
 @pytest.fixture
 def compacted(quick: QuickMounted) -> QuickMounted:
     """A store in which ``photo.jpg`` is compacted; not mounted, and no view is cached."""
@@ -209,7 +185,7 @@ def test_the_engine_is_killed_while_it_rebuilds(compacted: QuickMounted, tmp_pat
     kill_engine(compacted, flag)
     with paused_at(flag):
         pass
-    assert digest(reading.result()) == compacted.explain("photo.jpg")["sha256_view"]  # type: ignore[arg-type]
+    assert digest(reading.result()) == compacted.explain("photo.jpg")["sha256_view"]
     status = compacted.status()
     assert (status["engine_restarts"], status["engine_failures"], status["engine_calls"]) == (1, 0, 1)
 
@@ -231,7 +207,7 @@ def test_the_engine_is_killed_twice_while_it_rebuilds(compacted: QuickMounted, t
         again = Asking(lambda: os.pread(file.fileno(), 1 << 20, 0))
         with paused_at(flag):
             pass
-        assert digest(again.result()) == compacted.explain("photo.jpg")["sha256_view"]  # type: ignore[arg-type]
+        assert digest(again.result()) == compacted.explain("photo.jpg")["sha256_view"]
 
 
 def test_the_engine_is_killed_while_it_compacts(quick: QuickMounted, tmp_path: Path) -> None:

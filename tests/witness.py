@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 from esrfs.control import ControlError
 from esrfs.store import originals, recovery
@@ -49,6 +50,8 @@ class QuickMounted(Mounted):
     """A mount whose engine remembers (see ``remembering_engine``); all else about it is real."""
 
     program = "tests.remembering_mount"
+    views: ClassVar[dict[str, bytes]] = {}
+    """What a test has learnt: sha256 (hex) of an original → its view."""
 
     def compact_until_death(self, *paths: str) -> None:
         """Compact with a fault point that kills the mount."""
@@ -91,6 +94,16 @@ class QuickMounted(Mounted):
         assert known["sha256_original"] in [digest(one) for one in written], path
         assert len(shown) in [len(one) for one in written], path
         return "blob"
+
+    def is_open(self, path: str) -> bool:
+        """Whether the mount's process has the store's file open."""
+        assert self.process is not None
+        wanted = (self.store / path).stat()
+        for entry in os.scandir(f"/proc/{self.process.pid}/fd"):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(entry.stat(), wanted):
+                    return True
+        return False
 
     def assert_recovered(self) -> None:
         """Nothing lies in staging, and another recovery finds nothing to do."""
