@@ -31,14 +31,17 @@ from esrfs.vfs import native, xattrs
 from esrfs.vfs.attributes import Attributes
 from esrfs.vfs.descriptor import Descriptor
 from esrfs.vfs.directories import DEFAULT_ACL, Directories, Directory
-from esrfs.vfs.handles import Handle, Handles
+from esrfs.vfs.handles import Handle, Handles, OpenFile
+from esrfs.vfs.removed import Hidden, Removed
+from esrfs.vfs.recent import Recent
 from esrfs.vfs.view import Content, View, Waits
 from esrfs.vfs.wrap import wrap_if_needed
 
 log = logging.getLogger("esrfs.vfs")
 
-_PASSED_TO_STORE = os.O_ACCMODE | os.O_APPEND | os.O_DSYNC | os.O_SYNC
-"""O_DIRECT would demand aligned buffers, O_NOATIME the owner's rights; both are between program and mount."""
+_PASSED_TO_STORE = os.O_ACCMODE | os.O_DSYNC | os.O_SYNC
+"""O_DIRECT would demand aligned buffers, O_NOATIME the owner's rights; both are between program and mount. O_APPEND is
+said with each write: the kernel writes dirty pages of a mapping through whichever handle it finds."""
 _ALWAYS = os.O_NOFOLLOW | os.O_CLOEXEC
 _TRIES = 16
 _SHARE_OF_THREADS_THAT_MAY_WAIT = 0.75
@@ -97,8 +100,10 @@ class Filesystem:
         self._explain = explain
         self.handles = Handles()
         self._capabilities = xattrs.Capabilities()
+        self._recent = Recent()
         claims.is_open = self.handles.is_open
         self._directories = Directories(store.root_fd)
+        self._removed = Removed(store)
         self.attributes = Attributes(store, self.handles.is_plain)
         self.waits = Waits(int(threads * _SHARE_OF_THREADS_THAT_MAY_WAIT), wait_seconds)
         self._gives_away = os.geteuid() == 0
@@ -143,6 +148,7 @@ class Filesystem:
     def mkdir(self, path: str, mode: int, caller: Caller) -> None:
         directory, name = self._directories.parent(self._creatable(path))
         os.mkdir(name, self._mode(directory, mode, caller), dir_fd=directory.number)
+        self._directories.forget(path)  # should another have had this name, moved away behind the mount
         self._give(directory.number, name, 0, caller)
 
     def symlink(self, target: str, path: str, caller: Caller) -> None:
@@ -171,7 +177,68 @@ class Filesystem:
         os.unlink(name, dir_fd=directory.number)
         self.handles.removed(path)
         if view_key is not None:
-            self.cache.drop(view_key)
+            self._forget_view(view_key)
+
+    def hide(self, path: str) -> Hidden | None:
+        """Unlink a file that is open, and keep a handle of it (see ``vfs/removed.py``); None, and nothing done, if it
+        is not open here. Release that handle in the end."""
+        directory, name = self._directories.parent(self._visible(path))
+        st = os.stat(name, dir_fd=directory.number, follow_symlinks=False)
+        file = self.handles.file((st.st_dev, st.st_ino))
+        view_key = None if file is None else self._view_key(directory.number, name)
+        handle = None if file is None else self._another(file)
+        if handle is None:
+            return None
+        try:
+            hidden = self._removed.take(path, directory.number, name, handle.number)
+        except BaseException:
+            self.handles.remove(handle.number)
+            raise
+        self.handles.removed(path)
+        if view_key is not None:
+            self._forget_view(view_key)
+        return hidden
+
+    def _another(self, file: OpenFile, flags: int = os.O_RDONLY) -> Handle | None:
+        """A further handle of an open file, whatever its name is; None if it is not open any more. Raises OSError."""
+        with self.handles.changing:  # what a blob's descriptors mean does not change meanwhile
+            handle = next(iter(list(file.handles)), None)
+            if handle is None:
+                return None
+            if file.view is not None:
+                descriptor = os.dup(handle.descriptor)
+            else:
+                descriptor = os.open(f"/proc/self/fd/{handle.descriptor}", (flags & _PASSED_TO_STORE) | os.O_CLOEXEC)
+            try:
+                another = self.handles.join(file, descriptor, _is_writable(flags))
+            except BaseException:
+                os.close(descriptor)
+                raise
+            if another is None:
+                os.close(descriptor)
+            return another
+
+    def open_hidden(self, hidden: Hidden, flags: int) -> Opened:
+        """Open, through /proc, a file that has no name any more."""
+        handle = self._another(self.handles.get(hidden.handle).file, _for_truncation(flags))
+        if handle is None:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        try:
+            if handle.writable:
+                self._prepare_for_writing(handle, flags)
+            view = handle.file.view
+            # The other handles' pages are this very file's.
+            return Opened(handle.number, keep_cache=True, direct_io=view is not None and view.content is None)
+        except BaseException:
+            self.handles.remove(handle.number)
+            raise
+
+    def give_name_back(self, hidden: Hidden) -> None:
+        """The rename that was to replace the file failed."""
+        directory, name = self._directories.parent(hidden.path)
+        self._removed.give_back(hidden, directory.number, name)
+        file = self.handles.get(hidden.handle).file
+        file.path, file.removed = hidden.path, False
 
     def _view_key(self, directory: int, name: str) -> str | None:
         """The cache key of the photograph whose last name this is; None for anything else."""
@@ -215,7 +282,7 @@ class Filesystem:
             self._directories.forget(new)
         self.handles.renamed(old, new, exchanged=exchanged, directory=is_directory)
         if replaced_view is not None:
-            self.cache.drop(replaced_view)
+            self._forget_view(replaced_view)
         self._on_change(new)
         if exchanged:
             self._on_change(old)
@@ -274,7 +341,11 @@ class Filesystem:
 
     # Extended attributes.
 
-    def getxattr(self, path: str, name: str) -> bytes:
+    # Extended attributes of a path, or of a handle's file by the handle's number.
+
+    def getxattr(self, path: str | int, name: str) -> bytes:
+        if isinstance(path, int):
+            return os.getxattr(self.handles.get(path).descriptor, name)
         self._visible(path)
         if name == xattrs.CAPABILITY and self._capabilities.is_known_absent(path):
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
@@ -290,9 +361,11 @@ class Filesystem:
                 self._capabilities.note_absent(path)
             raise
 
-    def setxattr(self, path: str, name: str, value: bytes, flags: int) -> None:
+    def setxattr(self, path: str | int, name: str, value: bytes, flags: int) -> None:
         if xattrs.is_ours(name):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        if isinstance(path, int):
+            return os.setxattr(self.handles.get(path).descriptor, name, value, flags)
         directory, last = self._directories.parent(self._visible(path))
         os.setxattr(f"/proc/self/fd/{directory.number}/{last}", name, value, flags, follow_symlinks=False)
         if name == DEFAULT_ACL:
@@ -300,13 +373,17 @@ class Filesystem:
         elif name == xattrs.CAPABILITY:
             self._capabilities.forget()
 
-    def listxattr(self, path: str) -> list[str]:
+    def listxattr(self, path: str | int) -> list[str]:
+        if isinstance(path, int):
+            return os.listxattr(self.handles.get(path).descriptor)
         directory, last = self._directories.parent(self._visible(path))
         return os.listxattr(f"/proc/self/fd/{directory.number}/{last}", follow_symlinks=False)
 
-    def removexattr(self, path: str, name: str) -> None:
+    def removexattr(self, path: str | int, name: str) -> None:
         if xattrs.is_ours(name):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        if isinstance(path, int):
+            return os.removexattr(self.handles.get(path).descriptor, name)
         directory, last = self._directories.parent(self._visible(path))
         os.removexattr(f"/proc/self/fd/{directory.number}/{last}", name, follow_symlinks=False)
         if name == DEFAULT_ACL:
@@ -363,12 +440,13 @@ class Filesystem:
         except BaseException:
             os.close(descriptor)
             raise
-        handle.written = True
+        handle.written = handle.file.changed = True
         self.handles.admit(handle, path, _identity(st))
         return Opened(handle.number, flushes=self._errors_at_close)
 
     def open(self, path: str, flags: int) -> Opened:
         self._visible(path)
+        flags = _for_truncation(flags)
         for _ in range(_TRIES):
             opened = self._open_once(path, flags)
             if opened is not None:
@@ -430,6 +508,10 @@ class Filesystem:
         return (descriptor, None) if view is None else (reader, view)
 
     def _view_of(self, descriptor: int, st: os.stat_result, path: str) -> View | None:
+        identity = _identity(st)
+        recent = self._recent.get(identity)
+        if recent is not None:
+            return recent
         blob = examine(self.store, descriptor, st)
         if blob is None:
             return None
@@ -441,7 +523,9 @@ class Filesystem:
         if recipe is None:
             return None
         self.attributes.remember(Identity.from_stat(st), recipe.original_size)
-        return View(Descriptor(os.dup(descriptor)), recipe, self._engine, self.cache, self.waits)
+        view = View(Descriptor(os.dup(descriptor)), recipe, self._engine, self.cache, self.waits)
+        self._recent.add(identity, view)
+        return view
 
     def _prepare_for_writing(self, handle: Handle, flags: int) -> None:
         """So that errors come from open: O_TRUNC makes a plain file at once, else the view is rebuilt now."""
@@ -484,10 +568,13 @@ class Filesystem:
             return content
         return view.rebuild(lane, handle.number, handle.file.path)
 
-    def write_from(self, number: int, address: int, size: int, offset: int) -> int:
+    def write_from(self, number: int, address: int, size: int, offset: int, append: bool = False) -> int:
+        """``append``: at the end, wherever that is by now, and not at ``offset``."""
         handle = self.handles.get(number)
         if not handle.written or handle.file.view is not None:
             self._begin_change(handle)
+        if append:
+            return native.append_from(handle.descriptor, address, size, offset)
         return native.pwrite_from(handle.descriptor, address, size, offset)
 
     def fallocate(self, number: int, mode: int, offset: int, length: int) -> None:
@@ -497,8 +584,8 @@ class Filesystem:
 
     def _begin_change(self, handle: Handle, keep_content: bool = True) -> None:
         """Make sure that the handle's file is a plain file, and that its coming to rest is noticed."""
-        handle.written = True
         file = handle.file
+        handle.written = file.changed = True
         view = file.view
         if view is None:
             return
@@ -550,13 +637,15 @@ class Filesystem:
     def release(self, number: int) -> None:
         handle = self.handles.get(number)
         file = handle.file
-        if not handle.written:
+        if not file.changed:
             self.handles.remove(number)
+            if file.view is not None and not file.handles and file.view.takes_memory:
+                self._recent.drop(file.view.key)
             return
         guard = self._guard_of(handle)
         self.handles.remove(number)
         if guard is not None:
-            wrap_if_needed(self.store, file.path, guard.descriptor)
+            wrap_if_needed(self.store, file, guard.descriptor)
             self.handles.remove(guard.number)
         if not file.handles and not file.removed:
             self._on_change(file.path)
@@ -577,7 +666,22 @@ class Filesystem:
             return None
         return self.handles.add(file.key, file.path, descriptor, False, None)
 
+    # The cache.
+
+    def _forget_view(self, key: str) -> None:
+        self._recent.drop(key)
+        self.cache.drop(key)
+
+    def clear_cache(self) -> int:
+        """Drop all rebuilt views that nobody has open; how many there were in the cache."""
+        self._recent.clear()
+        return self.cache.clear()
+
     # The mount's end.
+
+    def close(self) -> None:
+        """To be called when nobody uses it any more."""
+        self._removed.close()
 
     def warm(self, path: str) -> None:
         """Have the view of the blob at ``path`` in the cache; waits behind readers. Raises OSError."""
@@ -599,6 +703,13 @@ class Filesystem:
 def _identity(st: os.stat_result) -> tuple[int, ...]:
     """As ``store.identity.Identity``, in the form that is cheapest to make: this runs at every open."""
     return (st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
+
+
+def _for_truncation(flags: int) -> int:
+    """Linux truncates also what is opened for reading only; the kernel has asked for the right to write then."""
+    if flags & os.O_TRUNC and not _is_writable(flags):
+        return flags & ~os.O_ACCMODE | os.O_RDWR
+    return flags
 
 
 def _is_writable(flags: int) -> bool:
