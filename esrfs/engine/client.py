@@ -192,7 +192,7 @@ class Engine:
         self._in_flight: dict[
             int, _Job
         ] = {}  # [lock] sent, or about to be; a cancelled job stays until the worker let go of it
-        self._by_key: dict[bytes, _Job] = {}  # [lock] unfinished rebuilds that a new ticket may join
+        self._by_key: dict[bytes, _Job] = {}  # [lock] rebuilds that a new ticket may join
         self._notes: deque[tuple[_Worker, protocol.Request]] = deque()  # [lock] for the dispatcher to send
         self._counters = Counters()  # [lock]
         self._last_number = 0  # [lock]
@@ -206,8 +206,8 @@ class Engine:
     def rebuild(
         self, key: bytes, load: Callable[[], tuple[bytes, bytes]], lane: Lane = Lane.INTERACTIVE
     ) -> Ticket[Rebuilt]:
-        """Reconstruct a view. All callers with the same ``key`` (the view's sha256) share one job while it is
-        unfinished.
+        """Reconstruct a view. All callers with the same ``key`` (the view's sha256) share one job until its
+        last ticket is released.
 
         ``load()`` gives (encoded recipe, AVIF); it is called when the job starts, and again for a retry, in the
         dispatcher's thread. What it raises becomes the message of an EngineError. Raises EngineError when the engine
@@ -329,6 +329,8 @@ class Engine:
                     self._by_key[key] = job
             before = job.lane
             job.lanes.append(lane)
+            if job.done.is_set():
+                return job
             self._lane_changed(job, before)
             self._wake_dispatcher()
             return job
@@ -345,6 +347,8 @@ class Engine:
             if lane is not None:
                 job.lanes.append(lane)
             if job.done.is_set():
+                if not job.lanes:
+                    self._forget_key(job)
                 return
             if job.lanes:
                 self._lane_changed(job, before)
@@ -364,13 +368,18 @@ class Engine:
         """[lock] The job has its result, or its error; wake who waits. It no longer queues; in flight it may still
         be."""
         self._waiting.pop(job.number, None)
-        if job.key is not None and self._by_key.get(job.key) is job:
-            del self._by_key[job.key]
         if not job.done.is_set():
             job.result, job.error = result, error
             job.done.set()
+        if job.error is not None or not job.lanes:  # else it can be had until the last caller has put it away
+            self._forget_key(job)
         if not (self._waiting or self._in_flight):
             self._idle_since = time.monotonic()
+
+    def _forget_key(self, job: _Job) -> None:
+        """[lock] Nobody joins this job any more."""
+        if job.key is not None and self._by_key.get(job.key) is job:
+            del self._by_key[job.key]
 
     def _answered(self, number: int, *, result: object = None, error: str | None = None) -> None:
         with self._lock:

@@ -20,6 +20,7 @@ from typing import Any
 
 from esrfs.mount.binding import mfusepy
 from esrfs.vfs.filesystem import Caller, Filesystem, Opened
+from esrfs.vfs.removed import Hidden
 
 log = logging.getLogger("esrfs.mount")
 
@@ -70,6 +71,9 @@ _FUSE_CAP_READDIRPLUS_AUTO = 1 << 14
 _FUSE_CAP_POSIX_ACL = 1 << 19
 _FUSE_CAP_DIRECT_IO_ALLOW_MMAP = 1 << 28
 """Known to libfuse 3.17 and newer."""
+_HIDDEN = re.compile(rb"(.*)/(\.fuse_hidden[0-9a-f]{8}([0-9a-f]{8}))", re.DOTALL)
+_HIDDEN_LEAP = 1000
+"""How far libfuse's numbers may be ahead: several threads delete at once."""
 _READDIR_PLUS = 1
 _FILL_DIR_PLUS = 2
 
@@ -150,6 +154,8 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
     ) -> None:
         self._fs = filesystem
         self._on_init = on_init
+        self._hidden: dict[bytes, Hidden] = {}
+        self._last_hidden = 0
         filesystem.waits.caller_was_killed = _caller_was_killed
         super().__init__(
             SimpleNamespace(use_ns=True, **dict.fromkeys(_CALLBACKS, True)), mountpoint, foreground=True, **options
@@ -184,18 +190,48 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
                 wanted.want |= capability
         settings = config.contents
         settings.nullpath_ok = 1
-        settings.hard_remove = 1
+        settings.hard_remove = 0  # else what has no name has no fstat either; see _hide
         settings.use_ino = 1
         settings.attr_timeout = ATTRIBUTE_SECONDS
         settings.entry_timeout = ATTRIBUTE_SECONDS
         settings.negative_timeout = 0.0
         self._on_init()
 
+    # What was deleted while it was open. libfuse calls it .fuse_hidden… then, in its own mind and in what it asks for.
+
+    def _hide(self, old: bytes, new: bytes, flags: int) -> bool:
+        """Whether this rename is libfuse's way to delete a file that is open."""
+        match = _HIDDEN.fullmatch(new)
+        if match is None or flags or old.rpartition(b"/")[0] != match[1]:
+            return False
+        # It numbers them one by one: a program that gives such a name to a file of its own gets what it asks for.
+        number = int(match[3], 16)
+        if not self._last_hidden < number <= self._last_hidden + _HIDDEN_LEAP:
+            return False
+        hidden = self._fs.hide(_name(old))
+        if hidden is None:
+            return False
+        self._last_hidden = max(number, self._last_hidden)
+        self._hidden[match[2]] = _threads.hidden = hidden
+        return True
+
+    def _hidden_at(self, path: bytes | None) -> Hidden | None:
+        return self._hidden.get(path[path.rfind(b"/") + 1 :]) if self._hidden and path is not None else None
+
+    def _path_or_handle(self, path: bytes) -> str | int:
+        hidden = self._hidden_at(path)
+        return _name(path) if hidden is None else hidden.handle
+
     # Names and attributes.
 
     def getattr_fuse_3(self, path: bytes | None, target: Any, info: Any) -> None:
-        st, size = self._fs.stat(_name(path)) if path is not None else self._fs.stat_handle(info.contents.fh)
-        _fill(target.contents, st, size)
+        hidden = self._hidden_at(path)
+        if path is not None and hidden is None:
+            _fill(target.contents, *self._fs.stat(_name(path)))
+            return
+        _fill(target.contents, *self._fs.stat_handle(info.contents.fh if hidden is None else hidden.handle))
+        if hidden is not None and hidden.staged is None:
+            target.contents.st_nlink += 1  # libfuse takes one off, for the name that it thinks there is
 
     def readlink(self, path: bytes, buffer: Any, size: int) -> None:
         target = os.fsencode(self._fs.readlink(_name(path)))[: size - 1] + b"\0"
@@ -208,7 +244,12 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
         self._fs.mkdir(_name(path), mode, _caller())
 
     def unlink(self, path: bytes) -> None:
-        self._fs.unlink(_name(path))
+        hidden = self._hidden_at(path)
+        if hidden is None:
+            self._fs.unlink(_name(path))
+        else:  # the last program closed it
+            del self._hidden[path[path.rfind(b"/") + 1 :]]
+            self._fs.release(hidden.handle)
 
     def rmdir(self, path: bytes) -> None:
         self._fs.rmdir(_name(path))
@@ -217,20 +258,34 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
         self._fs.symlink(os.fsdecode(target), _name(path), _caller())
 
     def rename_fuse_3(self, old: bytes, new: bytes, flags: int) -> None:
-        self._fs.rename(_name(old), _name(new), flags)
+        if self._hide(old, new, flags):
+            return
+        replaced: Hidden | None = getattr(_threads, "hidden", None)
+        try:
+            self._fs.rename(_name(old), _name(new), flags)
+        except OSError:
+            if replaced is not None and replaced.path == _name(new) and replaced.just_now:
+                self._fs.give_name_back(replaced)
+            raise
 
     def link(self, existing: bytes, new: bytes) -> None:
         self._fs.link(_name(existing), _name(new))
 
     def chmod_fuse_3(self, path: bytes | None, mode: int, info: Any) -> None:
-        if path is None:
+        hidden = self._hidden_at(path)
+        if hidden is not None:
+            self._fs.chmod_handle(hidden.handle, mode)
+        elif path is None:
             self._fs.chmod_handle(info.contents.fh, mode)
         else:
             self._fs.chmod(_name(path), mode)
 
     def chown_fuse_3(self, path: bytes | None, uid: int, gid: int, info: Any) -> None:
         uid, gid = ctypes.c_int(uid).value, ctypes.c_int(gid).value  # -1 stands for "as it is"
-        if path is None:
+        hidden = self._hidden_at(path)
+        if hidden is not None:
+            self._fs.chown_handle(hidden.handle, uid, gid)
+        elif path is None:
             self._fs.chown_handle(info.contents.fh, uid, gid)
         else:
             self._fs.chown(_name(path), uid, gid)
@@ -242,7 +297,10 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
             self._fs.truncate(_name(path), length)
 
     def utimens_fuse_3(self, path: bytes | None, times: Any, info: Any) -> None:
-        if path is None:
+        hidden = self._hidden_at(path)
+        if hidden is not None:
+            self._fs.utimens_handle(hidden.handle, _timespecs(times))
+        elif path is None:
             self._fs.utimens_handle(info.contents.fh, _timespecs(times))
         else:
             self._fs.utimens(_name(path), _timespecs(times))
@@ -256,13 +314,13 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
     # Extended attributes. A size of 0 asks how much room is needed.
 
     def setxattr(self, path: bytes, name: bytes, value: Any, size: int, flags: int) -> None:
-        self._fs.setxattr(_name(path), os.fsdecode(name), ctypes.string_at(value, size), flags)
+        self._fs.setxattr(self._path_or_handle(path), os.fsdecode(name), ctypes.string_at(value, size), flags)
 
     def getxattr(self, path: bytes, name: bytes, buffer: Any, size: int) -> int:
-        return self._answer(self._fs.getxattr(_name(path), os.fsdecode(name)), buffer, size)
+        return self._answer(self._fs.getxattr(self._path_or_handle(path), os.fsdecode(name)), buffer, size)
 
     def listxattr(self, path: bytes, buffer: Any, size: int) -> int:
-        names = b"".join(os.fsencode(name) + b"\0" for name in self._fs.listxattr(_name(path)))
+        names = b"".join(os.fsencode(name) + b"\0" for name in self._fs.listxattr(self._path_or_handle(path)))
         return self._answer(names, buffer, size)
 
     @staticmethod
@@ -275,7 +333,7 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
         return len(value)
 
     def removexattr(self, path: bytes, name: bytes) -> None:
-        self._fs.removexattr(_name(path), os.fsdecode(name))
+        self._fs.removexattr(self._path_or_handle(path), os.fsdecode(name))
 
     # Directories.
 
@@ -306,23 +364,33 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
 
     @staticmethod
     def _tell(info: Any, opened: Opened) -> None:
-        info.fh = opened.number
-        info.direct_io = opened.direct_io
-        info.keep_cache = opened.keep_cache
-        if not opened.flushes:
+        # Fields of a structure cost more than a comparison, and most opens set none.
+        number, keep_cache, direct_io, flushes = opened
+        info.fh = number
+        if keep_cache:
+            info.keep_cache = 1
+        if direct_io:
+            info.direct_io = 1
+        if not flushes:
             info.noflush = 1  # one message less at each close
 
     def create(self, path: bytes, mode: int, info: Any) -> None:
         self._tell(info.contents, self._fs.create(_name(path), info.contents.flags, mode, _caller()))
 
     def open(self, path: bytes, info: Any) -> None:
-        self._tell(info.contents, self._fs.open(_name(path), info.contents.flags))
+        hidden = self._hidden_at(path)
+        if hidden is None:
+            self._tell(info.contents, self._fs.open(_name(path), info.contents.flags))
+        else:
+            self._tell(info.contents, self._fs.open_hidden(hidden, info.contents.flags))
 
     def read(self, path: bytes | None, buffer: Any, size: int, offset: int, info: Any) -> int:
         return self._fs.read_into(info.contents.fh, ctypes.addressof(buffer.contents), size, offset)
 
     def write(self, path: bytes | None, buffer: Any, size: int, offset: int, info: Any) -> int:
-        return self._fs.write_from(info.contents.fh, ctypes.addressof(buffer.contents), size, offset)
+        file = info.contents
+        append = bool(file.flags & os.O_APPEND) and not file.writepage
+        return self._fs.write_from(file.fh, ctypes.addressof(buffer.contents), size, offset, append)
 
     def flush(self, path: bytes | None, info: Any) -> None:
         self._fs.flush(info.contents.fh)

@@ -330,6 +330,7 @@ class Mount:
                 threads=options.threads,
                 errors_at_close=_is_on_network(store),
             )
+            opened.callback(self._filesystem.close)
             self._closing = opened.pop_all()
         return self
 

@@ -152,6 +152,8 @@ def _why_not_ours(store: Store, staged: staging.Staged) -> str | None:
         return "it is not a file that esrfs makes"
     if st.st_size == 0:
         return None
+    if staged.kind == "removed":
+        return "it was deleted or replaced in the second before the crash, while a program had it open"
     fd = os.open(staged.name, _READ, dir_fd=store.staging_fd)
     try:
         # An AVIF picture begins with a box of type "ftyp": so does every blob, and no original that esrfs compacts.

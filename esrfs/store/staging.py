@@ -4,6 +4,7 @@ The session in a name tells whose it is: a live process's files are nobody else'
 of
 
 * a file that its own process made and that never had a name in the view: removed by :func:`discard`, or by recovery;
+* for a second, what a program deleted or replaced while it was open (see ``vfs/removed.py``);
 * after an exchange, what the exchange brought out. That may be the only copy of somebody's data: it leaves staging by a
   rename only (into ``originals/``, or back to its name).
 
@@ -24,17 +25,28 @@ from esrfs.store import linux, metadata
 from esrfs.store.layout import Store
 from esrfs.store.ledger import FileMark, Found
 
-Kind = Literal["blob", "plain"]
-KINDS: tuple[Kind, ...] = ("blob", "plain")
+Kind = Literal["blob", "plain", "removed"]
+KINDS: tuple[Kind, ...] = ("blob", "plain", "removed")
 FOUND_PREFIX = "found-"
 _RDWR = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def create(store: Store, kind: Kind) -> tuple[int, str]:
     """A new empty file: ``(descriptor O_RDWR, name in store.staging_fd)``. Raises OSError, StoreError (read-only)."""
-    session = store.session if store.ledger is not None else ""  # the ledger must exist first: it says whose this is
-    name = f"{session}.{kind}.{secrets.token_hex(8)}"
+    name = _new_name(store, kind)
     return os.open(name, _RDWR, 0o600, dir_fd=store.staging_fd), name
+
+
+def _new_name(store: Store, kind: Kind) -> str:
+    session = store.session if store.ledger is not None else ""  # the ledger must exist first: it says whose this is
+    return f"{session}.{kind}.{secrets.token_hex(8)}"
+
+
+def take_in(store: Store, directory: int, name: str) -> str:
+    """Take a file's name away: it lies in staging then, by the name that is returned. Raises OSError, StoreError."""
+    staged = _new_name(store, "removed")
+    os.rename(name, staged, src_dir_fd=directory, dst_dir_fd=store.staging_fd)
+    return staged
 
 
 def create_unnamed(store: Store) -> int:

@@ -16,6 +16,7 @@ import msgspec
 
 from esrfs.blob import container
 from esrfs.blob.container import BlobDamaged, NotABlob
+from esrfs.blob.recipe import Verbatim
 from esrfs.engine.client import EngineError, Rebuilt
 from esrfs.store import ledger, originals, staging
 from esrfs.store.beneath import beneath
@@ -158,7 +159,7 @@ def _blob(
     if recipe.original_size != footer.view_size:
         sizes = f"{footer.view_size} bytes, its recipe one of {recipe.original_size}"
         return blob, [_damage(path, "blob_damaged", f"its footer promises a view of {sizes}. {advice}")]
-    if blob.avif[_FILE_TYPE] != b"ftyp":
+    if blob.avif[_FILE_TYPE] != b"ftyp" and not isinstance(recipe.coding, Verbatim):
         return blob, [_damage(path, "blob_damaged", f"its picture is no AVIF. {advice}")]
     if recipe.network_sha256:
         if recipe.network_sha256 not in networks:

@@ -5,6 +5,7 @@ Everything is addressed beneath the store's root descriptor; nothing here resolv
 the mount would come back to this very process and wait for itself.
 
 Rooms: ``filesystem`` (the operations), ``directories`` (descriptors of parent directories), ``attributes`` (sizes of
-views), ``handles`` (open files, and whose bytes the kernel caches), ``view`` (one blob read as its photograph),
+views), ``handles`` (open files, and whose bytes the kernel caches), ``removed`` (files deleted while open), ``view``
+(one blob read as its photograph), ``recent`` (views that were open a moment ago), ``wrap`` (user files that are blobs),
 ``xattrs`` (``user.esrfs.*``), ``native`` (the few system calls that Python lacks).
 """

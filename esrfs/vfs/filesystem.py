@@ -32,8 +32,8 @@ from esrfs.vfs.attributes import Attributes
 from esrfs.vfs.descriptor import Descriptor
 from esrfs.vfs.directories import DEFAULT_ACL, Directories, Directory
 from esrfs.vfs.handles import Handle, Handles, OpenFile
-from esrfs.vfs.removed import Hidden, Removed
 from esrfs.vfs.recent import Recent
+from esrfs.vfs.removed import Hidden, Removed
 from esrfs.vfs.view import Content, View, Waits
 from esrfs.vfs.wrap import wrap_if_needed
 
@@ -167,9 +167,11 @@ class Filesystem:
         if not self._gives_away or (caller.uid == 0 and caller.gid == 0):
             return
         inherits = os.fstat(directory).st_mode & stat.S_ISGID
+        set_ids = mode & (stat.S_ISUID | stat.S_ISGID)  # chown clears them
+        created = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode if set_ids else 0
         os.chown(name, caller.uid, -1 if inherits else caller.gid, dir_fd=directory, follow_symlinks=False)
-        if mode & (stat.S_ISUID | stat.S_ISGID):  # chown clears them
-            os.chmod(name, stat.S_IMODE(mode), dir_fd=directory)
+        if set_ids:
+            os.chmod(name, stat.S_IMODE(created), dir_fd=directory)
 
     def unlink(self, path: str) -> None:
         directory, name = self._directories.parent(self._visible(path))
@@ -348,7 +350,7 @@ class Filesystem:
             return os.getxattr(self.handles.get(path).descriptor, name)
         self._visible(path)
         if name == xattrs.CAPABILITY and self._capabilities.is_known_absent(path):
-            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+            raise OSError(errno.ENODATA, "no such attribute")
         if xattrs.is_ours(name):
             if self._explain is None:
                 raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
@@ -365,7 +367,8 @@ class Filesystem:
         if xattrs.is_ours(name):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         if isinstance(path, int):
-            return os.setxattr(self.handles.get(path).descriptor, name, value, flags)
+            os.setxattr(self.handles.get(path).descriptor, name, value, flags)
+            return
         directory, last = self._directories.parent(self._visible(path))
         os.setxattr(f"/proc/self/fd/{directory.number}/{last}", name, value, flags, follow_symlinks=False)
         if name == DEFAULT_ACL:
@@ -383,7 +386,8 @@ class Filesystem:
         if xattrs.is_ours(name):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         if isinstance(path, int):
-            return os.removexattr(self.handles.get(path).descriptor, name)
+            os.removexattr(self.handles.get(path).descriptor, name)
+            return
         directory, last = self._directories.parent(self._visible(path))
         os.removexattr(f"/proc/self/fd/{directory.number}/{last}", name, follow_symlinks=False)
         if name == DEFAULT_ACL:
@@ -441,7 +445,8 @@ class Filesystem:
             os.close(descriptor)
             raise
         handle.written = handle.file.changed = True
-        self.handles.admit(handle, path, _identity(st))
+        self._capabilities.note_absent(path)
+        self.handles.admit(handle, path, None)  # its pages are its own: it is written through this mount
         return Opened(handle.number, flushes=self._errors_at_close)
 
     def open(self, path: str, flags: int) -> Opened:

@@ -35,6 +35,8 @@ class OpenFile:
     handles: set[Handle] = field(default_factory=set)
     removed: bool = False
     """Its last known name was removed through this mount."""
+    changed: bool = False
+    """A program has written to it since it was opened."""
 
 
 @dataclass(eq=False, slots=True)
@@ -94,6 +96,16 @@ class Handles:
                 file = self._files[key] = OpenFile(key, path, view)
             else:
                 file.path, file.removed = path, False
+            handle = Handle(next(self._numbers), file, descriptor, writable)
+            file.handles.add(handle)
+            self._handles[handle.number] = handle
+        return handle
+
+    def join(self, file: OpenFile, descriptor: int, writable: bool) -> Handle | None:
+        """A new handle of an open file, whatever its name; None if it is not open any more."""
+        with self._lock:
+            if not file.handles:
+                return None
             handle = Handle(next(self._numbers), file, descriptor, writable)
             file.handles.add(handle)
             self._handles[handle.number] = handle

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -16,6 +17,18 @@ _libc.futimens.argtypes = (ctypes.c_int, ctypes.c_void_p)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
 
 _AT_SYMLINK_NOFOLLOW = 0x100
+_RWF_APPEND = 0x10
+_unsupported = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+class _Buffer(ctypes.Structure):
+    """``struct iovec``"""
+
+    _fields_ = (("address", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+
+_libc.pwritev2.argtypes = (ctypes.c_int, ctypes.POINTER(_Buffer), ctypes.c_int, ctypes.c_longlong, ctypes.c_int)
+_libc.pwritev2.restype = ctypes.c_ssize_t
 
 
 def _raise() -> None:
@@ -37,6 +50,17 @@ def pwrite_from(descriptor: int, address: int, size: int, offset: int) -> int:
     if count < 0:
         _raise()
     return count
+
+
+def append_from(descriptor: int, address: int, size: int, offset: int) -> int:
+    """Write ``size`` bytes from memory at ``address`` to the end of the file, wherever that is by now; at ``offset``
+    where the store's filesystem can't say so. The number written. Raises OSError."""
+    count: int = _libc.pwritev2(descriptor, ctypes.byref(_Buffer(address, size)), 1, offset, _RWF_APPEND)
+    if count >= 0:
+        return count
+    if ctypes.get_errno() not in _unsupported:
+        _raise()
+    return pwrite_from(descriptor, address, size, offset)
 
 
 def utimens_at(directory: int, name: str, timespecs: int | None) -> None:

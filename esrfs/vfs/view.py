@@ -161,7 +161,9 @@ class View:
         """
         try:
             with self._waits.slot(path), self._ticket(lane, handle) as ticket:
-                rebuilt = self._result(ticket)
+                if self._content is not None:  # it came between the look and the ticket
+                    return self._content
+                return self._keep(self._result(ticket), path)  # while the ticket is held, nobody asks for it again
         except TimeoutError:
             log.error(
                 "%s: not rebuilt within %.0f s; the read fails with EIO. The blob is untouched.",
@@ -173,6 +175,8 @@ class View:
             if not self._waits.ending:
                 log.error("%s: could not be rebuilt (%s); the read fails with EIO. The blob is untouched.", path, error)
             raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
+
+    def _keep(self, rebuilt: Rebuilt, path: str) -> Content:
         if len(rebuilt.view) != self.size:
             log.error(
                 "%s: rebuilt to %d bytes instead of %d; the read fails with EIO", path, len(rebuilt.view), self.size

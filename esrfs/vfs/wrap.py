@@ -8,9 +8,11 @@ photograph is shown; the bytes are all there (`esrfs check` names no such file: 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
+import time
 
 from esrfs import __version__
 from esrfs.blob import container
@@ -21,55 +23,74 @@ from esrfs.store.examine import examine, may_be_blob
 from esrfs.store.identity import Identity
 from esrfs.store.layout import Store
 from esrfs.store.swap import SwapStatus
+from esrfs.vfs.handles import OpenFile
 
 log = logging.getLogger("esrfs.vfs")
 
+_TRIES = 10
+_PAUSE_SECONDS = 0.05
 
-def wrap_if_needed(store: Store, path: str, descriptor: int) -> None:
-    """Wrap the plain file at ``path``, open for reading, if it would be taken for a blob. Never raises; what fails is
-    in the log."""
+
+def wrap_if_needed(store: Store, file: OpenFile, descriptor: int) -> None:
+    """Wrap ``file``, a plain file that is open for reading as ``descriptor``, if it would be taken for a blob. Never
+    raises; what fails is in the log.
+
+    The program that wrote it goes on meanwhile: it sets times and owner, renames the file, or opens it again (then
+    that handle's end is the time to wrap it).
+    """
+    why = ""
     try:
-        st = os.fstat(descriptor)
-        if not may_be_blob(st) or examine(store, descriptor, st) is None:
-            return
-        data = os.pread(descriptor, st.st_size, 0)
-        result = swap.swap_in(
-            store,
-            path,
-            descriptor,
-            Identity.from_stat(st),
-            _wrapped(store, data),
-            hashlib.sha256(data).digest(),
-            lease_ok=lambda: True,
-            interrupted=lambda: False,
-        )
-        if result.status is SwapStatus.DONE:
-            return
-        why = result.message
+        for attempt in range(_TRIES):
+            time.sleep(attempt * _PAUSE_SECONDS)
+            st = os.fstat(descriptor)
+            if not may_be_blob(st) or examine(store, descriptor, st) is None:
+                return
+            if file.removed or any(handle.writable for handle in list(file.handles)):
+                return
+            data = os.pread(descriptor, st.st_size, 0)
+            result = swap.swap_in(
+                store,
+                file.path,
+                descriptor,
+                Identity.from_stat(st),
+                _wrapped(store, data),
+                hashlib.sha256(data).digest(),
+                lease_ok=lambda: True,
+                interrupted=lambda: False,
+            )
+            if result.status is SwapStatus.DONE:
+                return
+            why = result.message
+            if result.status not in (SwapStatus.CHANGED, SwapStatus.BUSY):
+                break
     except (OSError, ValueError) as error:
         why = str(error)
     log.error(
         "%s: it is a blob of this store and could not be wrapped (%s): it is shown as the photograph that it stands "
         "for. The bytes that were written are in the store.",
-        path,
+        file.path,
         why,
     )
 
 
 def _wrapped(store: Store, data: bytes) -> bytes:
-    inner = container.unpack(data)
+    avif, width, height, preset, quality = data, 0, 0, "", 0
+    with contextlib.suppress(ValueError):  # a damaged one: its footer alone would have it taken for a blob
+        inner = container.unpack(data)
+        avif, width, height = inner.avif, inner.recipe.width, inner.recipe.height
+        preset, quality = inner.recipe.preset, inner.recipe.quality
     digest = hashlib.sha256(data).digest()
     recipe = Recipe(
-        width=inner.recipe.width,
-        height=inner.recipe.height,
+        width=width,
+        height=height,
         original_size=len(data),
         sha256_original=digest,
         sha256_view=digest,
-        preset=inner.recipe.preset,
+        preset=preset,
         scale=1,
         network="",
         network_sha256=b"",
-        quality=inner.recipe.quality,
+        quality=quality,
         coding=Verbatim(),
         prefix=[Literal(data)],
         scan_length=0,
@@ -78,4 +99,4 @@ def _wrapped(store: Store, data: bytes) -> bytes:
         scores=Scores(ssimulacra2=100.0, worst_tile=100.0, psnr=99.0),
         created_by=f"esrfs {__version__}",
     )
-    return container.pack(inner.avif, recipe_format.encode(recipe), store.config.id_bytes, store.config.key_bytes)
+    return container.pack(avif, recipe_format.encode(recipe), store.config.id_bytes, store.config.key_bytes)

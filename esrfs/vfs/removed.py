@@ -1,0 +1,120 @@
+"""Files that were deleted, or replaced by a rename, while programs have them open.
+
+Such a file lives on in its descriptors, with every operation that takes one. But libfuse's high-level API asks by path
+for most of them (fstat, fchmod, fgetxattr, ...), and has a path for such a file only if it may rename it to
+``.fuse_hidden…`` beside its old name. So the adapter lets libfuse believe that it does. In truth the name is gone from
+the directory at once, as the program wished, and a handle of ours stands for the file as long as it lives.
+
+libfuse hides the target of a rename before it renames: if that second step fails, the target must have its name again.
+So what is hidden goes to staging first, and from there for good a second later. A crash within that second leaves it in
+staging, and recovery puts it aside.
+
+Lock: ``_changed`` protects ``_queue`` and ``_thread``; nothing is waited for under it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from esrfs.store import linux, staging
+from esrfs.store.layout import Store
+
+log = logging.getLogger("esrfs.vfs")
+
+_LIFE_SECONDS = 1.0
+_AT_ONCE_SECONDS = 0.1
+"""libfuse's second step follows the first within the same request."""
+
+
+@dataclass(eq=False)
+class Hidden:
+    """A file whose name was taken away."""
+
+    path: str
+    """The name it had, relative to the store."""
+    handle: int
+    """Stands for the file until libfuse says that the last program closed it."""
+    staged: str | None
+    """Its name in staging, while it has one; that is one link more than programs shall see."""
+    since: float
+
+    @property
+    def just_now(self) -> bool:
+        return time.monotonic() - self.since < _AT_ONCE_SECONDS
+
+
+class Removed:
+    """Names on their way out."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._changed = threading.Condition(threading.Lock())
+        self._queue: deque[Hidden] = deque()
+        self._thread: threading.Thread | None = None
+        self._ending = False
+
+    def take(self, path: str, directory: int, name: str, handle: int) -> Hidden:
+        """Take the name away from the file, which ``handle`` stands for. Raises OSError."""
+        staged = None
+        with contextlib.suppress(OSError):  # another filesystem below the store, or a full disk
+            staged = staging.take_in(self._store, directory, name)
+        if staged is None:
+            os.unlink(name, dir_fd=directory)
+        hidden = Hidden(path, handle, staged, time.monotonic())
+        if staged is not None:
+            with self._changed:
+                self._queue.append(hidden)
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name="esrfs-removed", daemon=True)
+                    self._thread.start()
+                self._changed.notify()
+        return hidden
+
+    def give_back(self, hidden: Hidden, directory: int, name: str) -> None:
+        """What was to replace it did not: it gets its name again, unless somebody has that by now."""
+        with self._changed:
+            staged, hidden.staged = hidden.staged, None
+        if staged is None:
+            return
+        try:
+            linux.renameat2(self._store.staging_fd, staged, directory, name, linux.RENAME_NOREPLACE)
+        except OSError as error:
+            log.error("%s could not be given back its name (%s)", hidden.path, error)
+            self._forget(staged)
+
+    def close(self) -> None:
+        """Let go of all names at once."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue and not self._ending:
+                    self._changed.wait()
+                if not self._queue:
+                    return
+                left = 0.0 if self._ending else self._queue[0].since + _LIFE_SECONDS - time.monotonic()
+                if left > 0:
+                    self._changed.wait(left)
+                    continue
+                hidden = self._queue.popleft()
+                staged, hidden.staged = hidden.staged, None
+            if staged is not None:
+                self._forget(staged)
+
+    def _forget(self, staged: str) -> None:
+        try:
+            staging.remove(self._store, staged)
+        except OSError as error:
+            log.error("a deleted file could not be removed from staging (%s): %s", staged, error)
