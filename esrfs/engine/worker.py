@@ -71,6 +71,9 @@ class Connection:
         """Ask the mount for the network with this sha256; waits. Raises JobFailedError if it has none, or a wrong
         one."""
         with self._arrived:
+            if sha256 in self._weights and self._weights[sha256][1]:  # It failed before: it may be there by now.
+                del self._weights[sha256]
+                self._asked.discard(sha256)
             ask = sha256 not in self._asked
             self._asked.add(sha256)
         if ask:
@@ -78,8 +81,6 @@ class Connection:
         with self._arrived:
             self._arrived.wait_for(lambda: sha256 in self._weights)
             weights, error = self._weights[sha256]
-            if error:  # The next job may ask again.
-                self._asked.discard(sha256)
         if error:
             raise JobFailedError(error)
         return weights

@@ -134,8 +134,13 @@ class Scheduler:
             self._changed.notify()
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="esrfs-compaction", daemon=True)
-        self._thread.start()
+        """Nothing happens after :meth:`stop`: a mount may be ended while it starts."""
+        with self._changed:
+            if self._ending:
+                return
+            thread = threading.Thread(target=self._run, name="esrfs-compaction", daemon=True)
+            thread.start()
+            self._thread = thread
 
     def stop(self) -> None:
         """Drop the work in progress, save a swap that has begun; returns when nothing of it runs any more."""
