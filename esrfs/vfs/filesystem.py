@@ -440,13 +440,11 @@ class Filesystem:
             if self._gives_away:
                 self._give(directory.number, name, mode, caller)
             st = os.fstat(descriptor)
-            handle = self.handles.add((st.st_dev, st.st_ino), path, descriptor, _is_writable(flags), None)
+            handle = self.handles.add_created((st.st_dev, st.st_ino), path, descriptor, _is_writable(flags))
         except BaseException:
             os.close(descriptor)
             raise
-        handle.written = handle.file.changed = True
         self._capabilities.note_absent(path)
-        self.handles.admit(handle, path, None)  # its pages are its own: it is written through this mount
         return Opened(handle.number, flushes=self._errors_at_close)
 
     def open(self, path: str, flags: int) -> Opened:

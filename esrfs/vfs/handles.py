@@ -101,6 +101,18 @@ class Handles:
             self._handles[handle.number] = handle
         return handle
 
+    def add_created(self, key: Key, path: str, descriptor: int, writable: bool) -> Handle:
+        """A handle of a file that was made just now, by the open that it answers: nobody else can have it open, and the
+        kernel caches nothing for it."""
+        with self._lock:
+            file = self._files[key] = OpenFile(key, path, None, changed=True)
+            pages = self._pages[path] = Pages(None, file, 1)
+            handle = Handle(next(self._numbers), file, descriptor, writable, pages, written=True)
+            file.handles.add(handle)
+            self._handles[handle.number] = handle
+            self._drop_oldest()
+        return handle
+
     def join(self, file: OpenFile, descriptor: int, writable: bool) -> Handle | None:
         """A new handle of an open file, whatever its name; None if it is not open any more."""
         with self._lock:
