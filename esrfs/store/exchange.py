@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from esrfs.store import linux
 from esrfs.store.staging import look
@@ -15,6 +18,21 @@ _ROUNDS = 32
 def exchange(from_dir: int, from_name: str, to_dir: int, to_name: str) -> None:
     """Swap what two names stand for, in one step. Raises OSError; FileNotFoundError when either name is gone."""
     linux.renameat2(from_dir, from_name, to_dir, to_name, linux.RENAME_EXCHANGE)
+
+
+@contextmanager
+def keeping_mtime(directory: int) -> Iterator[None]:
+    """For one change of a name: to who looks at the directory nothing has changed, so its mtime (not its ctime) stays.
+
+    Else rsync would find every folder changed that compaction worked in. Who adds a name in the microseconds of the
+    change may not see it in the mtime; nothing but compaction's own steps belongs in here. Not our directory: no error.
+    """
+    before = os.fstat(directory)
+    yield
+    with contextlib.suppress(OSError):
+        after = os.fstat(directory)
+        if after.st_mtime_ns != before.st_mtime_ns:
+            os.utime(directory, ns=(after.st_atime_ns, before.st_mtime_ns))
 
 
 class TakenBack(enum.Enum):
@@ -40,7 +58,8 @@ def take_back(holding: int, held_name: str, directory: int, name: str, placed: o
         if held is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), held_name)
         try:
-            exchange(holding, held_name, directory, name)
+            with keeping_mtime(directory):
+                exchange(holding, held_name, directory, name)
         except FileNotFoundError:
             return TakenBack.GONE
         came_out = look(holding, held_name)

@@ -402,7 +402,7 @@ class _Work:
 
 def _exchange_and_look(work: _Work, wanted: Metadata, broken: Callable[[], bool], holding: ExitStack) -> None:
     request, store, intent = work.request, work.request.store, work.intent
-    with _giving_up_for_the_name():
+    with _giving_up_for_the_name(), exchange.keeping_mtime(request.directory):
         exchange.exchange(store.staging_fd, intent.staging, request.directory, request.name)
     work.exchanged = True
     faults.reach("swap.exchanged")
@@ -457,7 +457,8 @@ def _link_and_rename(work: _Work, holding: ExitStack) -> None:
     if request.interrupted():
         raise _GiveUp(SwapStatus.BUSY, "it was opened while it was being compacted")
     faults.reach("swap.looked")
-    os.rename(intent.staging, request.name, src_dir_fd=store.staging_fd, dst_dir_fd=request.directory)
+    with exchange.keeping_mtime(request.directory):
+        os.rename(intent.staging, request.name, src_dir_fd=store.staging_fd, dst_dir_fd=request.directory)
     work.ended = True
     holding.close()
     faults.reach("swap.directories_synced")
@@ -616,7 +617,8 @@ def _exchange_for_plain(work: _PlainWork, path: str, directory: int, name: str, 
     intent = _intend_plain(work, path, os.fstat(directory).st_ino, in_place=False)
     faults.reach("plain.intended")
     try:
-        exchange.exchange(store.staging_fd, staged, directory, name)
+        with exchange.keeping_mtime(directory):
+            exchange.exchange(store.staging_fd, staged, directory, name)
     except OSError as error:
         # A name that is gone stays gone; the next attempt finds out what the blob is called now, if anything.
         _best_effort(store, Undone(job=intent.job, why=str(error)))
