@@ -10,8 +10,9 @@ import shutil
 import signal
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -23,6 +24,19 @@ pytestmark = pytest.mark.mount
 
 COMPACTION_POINTS = ("compact.read", "compact.packed", *swap.FAULT_POINTS)
 COMES_AFTER_THE_EXCHANGE = frozenset(swap.FAULT_POINTS[swap.FAULT_POINTS.index("swap.exchanged") :])
+
+
+T = TypeVar("T")
+
+
+def mostly_slow(cases: Iterable[T], always: Collection[T]) -> list[object]:
+    """All cases; those that are not in ``always`` run with `make test-slow` only."""
+    listed = list(cases)
+    assert set(always) <= set(listed)
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=() if case in always else pytest.mark.slow)
+        for case in listed
+    ]
 
 
 def has_its_metadata(path: Path) -> bool:
@@ -53,6 +67,28 @@ def test_the_mount_is_killed_while_it_compacts(quick: QuickMounted, point: str) 
     assert quick.look("photo.jpg", photo()) == "blob"
 
 
+@pytest.mark.parametrize(
+    "point", mostly_slow(swap.FAULT_POINTS, ["swap.intended", "swap.exchanged", "swap.directories_synced"])
+)
+def test_the_mount_is_killed_while_it_compacts_without_exchange(quick: QuickMounted, point: str) -> None:
+    """In a store where only esrfs writes (`init --exclusive`) the original is linked, then the blob renamed over it."""
+    toml = quick.reserved("store.toml")
+    text = toml.read_text().replace("\nexchange = true", "\nexchange = false")
+    toml.write_text(text.replace("\nexclusive = false", "\nexclusive = true"))
+    quick.start(faults=f"{point}=kill")
+    put(quick.path / "photo.jpg", photo())
+    quick.compact_until_death("photo.jpg")
+    quick.restart()
+    renamed = swap.FAULT_POINTS.index(point) >= swap.FAULT_POINTS.index("swap.directories_synced")
+    assert quick.look("photo.jpg", photo()) == ("blob" if renamed else "original")
+    assert has_its_metadata(quick.path / "photo.jpg")
+    assert (quick.path / "photo.jpg").stat().st_nlink == 1
+    assert quick.kept() == ([photo()] if renamed else [])
+    quick.assert_recovered()
+    quick.compact()
+    assert quick.look("photo.jpg", photo()) == "blob"
+
+
 TO_PLAIN_POINTS = [
     (point, links)
     for links in (1, 2)
@@ -61,7 +97,19 @@ TO_PLAIN_POINTS = [
 ]
 
 
-@pytest.mark.parametrize(("point", "links"), [*TO_PLAIN_POINTS, ("plain.in_place.chunk", 2)])
+@pytest.mark.parametrize(
+    ("point", "links"),
+    mostly_slow(
+        [*TO_PLAIN_POINTS, ("plain.in_place.chunk", 2)],
+        [
+            ("plain.synced", 1),
+            ("plain.exchanged", 1),
+            ("plain.discarded", 1),
+            ("plain.intended", 2),
+            ("plain.looked", 2),
+        ],
+    ),
+)
 def test_the_mount_is_killed_while_a_program_writes_to_a_view(quick: QuickMounted, point: str, links: int) -> None:
     """With two names the blob is overwritten in place, which a crash cuts in half; recovery completes it."""
     quick.start()
@@ -99,7 +147,10 @@ RECOVERY_POINTS = [
 ]
 
 
-@pytest.mark.parametrize(("step", "point"), RECOVERY_POINTS)
+@pytest.mark.parametrize(
+    ("step", "point"),
+    mostly_slow(RECOVERY_POINTS, [*[one for one in RECOVERY_POINTS if one[0] == "swap.exchanged"], RECOVERY_POINTS[6]]),
+)
 def test_recovery_itself_is_killed(quick: QuickMounted, step: str, point: str) -> None:
     put(quick.start(faults=f"{step}=kill" if step.startswith("swap") else "").path / "photo.jpg", photo())
     wanted = [photo()]
@@ -266,8 +317,13 @@ STOPS = {
 NOT_COMPACTED = r"not compacted|compaction of .* stops|undo window could not"
 
 
-@pytest.mark.parametrize("error", STOPS)
-@pytest.mark.parametrize("point", [*BEFORE_THE_EXCHANGE, *AFTER_THE_EXCHANGE])
+@pytest.mark.parametrize(
+    ("point", "error"),
+    mostly_slow(
+        [(point, error) for point in (*BEFORE_THE_EXCHANGE, *AFTER_THE_EXCHANGE) for error in STOPS],
+        [("swap.written", "EDQUOT"), ("swap.intended", "ENOSPC"), ("swap.exchanged", "EIO"), ("swap.kept", "ENOSPC")],
+    ),
+)
 def test_the_store_s_disk_fails_while_it_compacts(quick: QuickMounted, point: str, error: str) -> None:
     """The original has its name (again), the state says what is the matter, and `resume` goes on once it is mended."""
     quick.expected.append(NOT_COMPACTED)
@@ -287,8 +343,13 @@ def test_the_store_s_disk_fails_while_it_compacts(quick: QuickMounted, point: st
     assert quick.look("photo.jpg", photo()) == "blob"
 
 
-@pytest.mark.parametrize("error", ["ENOSPC", "EDQUOT", "EIO"])
-@pytest.mark.parametrize("point", ["plain.begin", "plain.written", "plain.synced", "plain.intended", "plain.exchanged"])
+@pytest.mark.parametrize(
+    ("point", "error"),
+    mostly_slow(
+        [(point, error) for point in swap.PLAIN_FAULT_POINTS[:5] for error in ("ENOSPC", "EDQUOT", "EIO")],
+        [("plain.written", "EDQUOT"), ("plain.intended", "ENOSPC"), ("plain.exchanged", "EIO")],
+    ),
+)
 def test_the_store_s_disk_fails_while_a_program_writes_to_a_view(
     compacted: QuickMounted, point: str, error: str
 ) -> None:
@@ -304,10 +365,15 @@ def test_the_store_s_disk_fails_while_a_program_writes_to_a_view(
     compacted.assert_recovered()
 
 
-@pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
-@pytest.mark.parametrize("point", ["ledger.append", "ledger.fsync"])
+@pytest.mark.parametrize(
+    ("point", "error"),
+    mostly_slow(
+        [(point, error) for point in ("ledger.append", "ledger.fsync") for error in ("ENOSPC", "EIO")],
+        [("ledger.append", "ENOSPC"), ("ledger.fsync", "EIO")],
+    ),
+)
 def test_the_ledger_fails(compacted: QuickMounted, point: str, error: str) -> None:
-    """No step is taken that the ledger does not know: compaction is off, and programs read, write plain files, delete."""
+    """No step is taken that the ledger does not know: compaction is off; programs read, write plain files, delete."""
     put(compacted.store / "other.jpg", photo(1))
     compacted.expected.append("ledger|not compacted|compaction of .* stops|nothing is compacted")
     compacted.start(faults=f"{point}=errno:{error}")

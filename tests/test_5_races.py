@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -303,3 +304,223 @@ def race(case: Case, flag: Path, act: Callable[[Case], None], *, may_wait: bool)
         assert time.monotonic() - begun < SOON, "others are held up"
     acting.result(SOON)
     compacting.result(SOON)
+
+
+# ---- readers
+
+
+class Reader:
+    """A program that reads a file bit by bit, by read and by mmap."""
+
+    def __init__(self, path: Path, wanted: bytes, *, cold: bool) -> None:
+        self.wanted = wanted
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 (held)
+        self.mapped: mmap.mmap | None = None
+        assert os.pread(self.file.fileno(), 1000, 0) == wanted[:1000]
+        if not cold:
+            self._map()
+
+    def _map(self) -> mmap.mmap:
+        if self.mapped is None:
+            self.mapped = mmap.mmap(self.file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+            assert self.mapped[: 5 << 12] == self.wanted[: 5 << 12]
+        return self.mapped
+
+    def read(self, *, by_mmap: bool = True) -> None:
+        """All of it, once more.
+
+        ``by_mmap``: False for a file whose name was removed, or given to one of another size, behind the mount:
+        the kernel asks attributes by name, and has one size for both, for mmap too.
+        """
+        shown = os.pread(self.file.fileno(), 1 << 20, 0)
+        assert shown == self.wanted, f"read: {len(shown)} bytes, {_differs(shown, self.wanted)}"
+        if not by_mmap:
+            return
+        assert os.fstat(self.file.fileno()).st_size == len(self.wanted), "size of the handle"
+        shown = self._map()[:]
+        assert shown == self.wanted, f"mmap: {_differs(shown, self.wanted)}"
+
+    def close(self) -> None:
+        if self.mapped is not None:
+            self.mapped.close()
+        self.file.close()
+
+
+def _differs(one: bytes, other: bytes) -> str:
+    return f"different from byte {next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), '-')}"
+
+
+def by_newer(path: Path, mount: QuickMounted) -> bytes | None:
+    new = path.with_name("new")
+    new.write_bytes(NEWER)
+    new.rename(path)
+    return NEWER
+
+
+def by_alike(path: Path, mount: QuickMounted) -> bytes | None:
+    new = path.with_name("new.jpg")
+    put(new, photo(1))
+    new.rename(path)
+    return photo(1)
+
+
+def by_another_view(path: Path, mount: QuickMounted) -> bytes | None:
+    """One with the same size and mtime."""
+    path.with_name("other.jpg").rename(path)
+    return mount.views[digest(photo(2))]
+
+
+def by_nothing(path: Path, mount: QuickMounted) -> bytes | None:
+    path.unlink()
+    return None
+
+
+def by_moving(path: Path, mount: QuickMounted) -> bytes | None:
+    path.rename(path.with_name("moved.jpg"))
+    return None
+
+
+def by_moving_its_folder(path: Path, mount: QuickMounted) -> bytes | None:
+    path.parent.rename(path.parent.with_name(path.parent.name + " moved"))
+    return None
+
+
+def by_compaction(path: Path, mount: QuickMounted) -> bytes | None:
+    """It is not compacted while it is open, and a blob stays as it is."""
+    before = (mount.store / path.parent.name / path.name).stat().st_ino
+    counts = mount.compact(f"{path.parent.name}/{path.name}")
+    assert counts in ({"left": 1}, {"blob": 1})
+    assert (mount.store / path.parent.name / path.name).stat().st_ino == before
+    return (mount.path / path.parent.name / path.name).read_bytes()
+
+
+def change_keeps_size(now: bytes | None) -> bool:
+    return now is not None and len(now) == len(photo())
+
+
+CHANGES = (by_newer, by_alike, by_another_view, by_nothing, by_moving, by_moving_its_folder, by_compaction)
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["through the mount", "behind the mount"])
+@pytest.mark.parametrize("state", ["original", "cold", "warm"])
+def test_a_reader_never_sees_bytes_of_two_identities(quick: QuickMounted, state: str, behind: bool) -> None:
+    learn_views(quick)
+    quick.start()
+    wanted = photo() if state == "original" else quick.views[digest(photo())]
+    readers: dict[str, Reader] = {}
+    now: dict[str, bytes | None] = {}
+    for change in CHANGES:
+        folder = quick.path / change.__name__
+        folder.mkdir()
+        put(folder / "other.jpg", photo(2))
+        quick.compact(f"{folder.name}/other.jpg")
+        put(folder / "photo.jpg", photo())
+        if state != "original":
+            wait_until(lambda: not quick.is_open(f"{folder.name}/photo.jpg"))  # noqa: B023 (called at once)
+            assert quick.compact(f"{folder.name}/photo.jpg") == {"compacted": 1}
+        if state == "warm":
+            assert (folder / "photo.jpg").read_bytes() == wanted
+        else:
+            quick.call("cache-clear")
+        reader = readers[change.__name__] = Reader(folder / "photo.jpg", wanted, cold=state == "cold")
+        now[change.__name__] = change((quick.store if behind else quick.path) / folder.name / "photo.jpg", quick)
+    for round_of in ("at once", "when the kernel has forgotten", "while the new file is open"):
+        for name, reader in readers.items():
+            try:
+                reader.read(by_mmap=not behind or change_keeps_size(now[name]))
+            except AssertionError as error:
+                raise AssertionError(f"{name}, {round_of}: {error}") from error
+        if round_of == "at once":
+            time.sleep(1.1 if behind else 0)
+        elif round_of == "when the kernel has forgotten":
+            for name, content in now.items():
+                path = quick.path / name / "photo.jpg"
+                if content is None:
+                    assert not path.exists(), name
+                    continue
+                new = Reader(path, content, cold=True)
+                new.read(by_mmap=not behind)
+                if not behind or (change_keeps_size(content) and state != "cold"):  # else see the next test
+                    readers[name].read()
+                new.read(by_mmap=not behind)
+                new.close()
+        if behind:
+            break  # for once a file was open twice, see the next test
+    for reader in readers.values():
+        reader.close()
+
+
+ONE_NAME_ONE_FILE = """
+For the kernel one name is one file, with one set of pages and one size, as long as it is open. It was replaced behind
+the mount, and both are open. To be solved by joining the identity that is open, or by an adapter addressed by inode."""
+
+
+@pytest.mark.xfail(reason=ONE_NAME_ONE_FILE)
+@pytest.mark.parametrize(
+    ("state", "change", "maps"),
+    [
+        ("original", by_alike, "the new file"),  # by a private mapping, which DIRECT_IO does not keep from the pages
+        ("warm", by_alike, "the new file"),
+        ("cold", by_alike, "the old file"),
+        ("original", by_newer, "nothing"),  # the old file seems to end where the new one does
+    ],
+)
+def test_both_files_of_one_name_are_open(
+    quick: QuickMounted, state: str, change: Callable[[Path, QuickMounted], bytes | None], maps: str
+) -> None:
+    learn_views(quick)
+    quick.start()
+    (quick.path / "d").mkdir()
+    put(quick.path / "d/photo.jpg", photo())
+    wanted = photo()
+    if state != "original":
+        wait_until(lambda: not quick.is_open("d/photo.jpg"))
+        assert quick.compact() == {"compacted": 1}
+        wanted = quick.views[digest(photo())]
+    if state == "warm":
+        (quick.path / "d/photo.jpg").read_bytes()
+    elif state == "cold":
+        quick.call("cache-clear")
+    old = Reader(quick.path / "d/photo.jpg", wanted, cold=state == "cold")
+    new = None
+    try:
+        old.read(by_mmap=maps == "the old file")
+        content = change(quick.store / "d/photo.jpg", quick)
+        assert content is not None
+        time.sleep(1.1)
+        new = Reader(quick.path / "d/photo.jpg", content, cold=maps != "the new file")
+        new.read(by_mmap=maps == "the new file")
+        old.read(by_mmap=maps == "the old file")
+    finally:
+        old.close()
+        if new is not None:
+            new.close()
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_pages_of_a_file_that_was_replaced_behind_the_mount_are_never_served(quick: QuickMounted, mapped: bool) -> None:
+    """By another with the same size and mtime, plain files and views alike: keep_cache is the trap."""
+    learn_views(quick)
+    quick.start()
+    contents = {"plain a": photo(0), "plain b": photo(1), "view a": photo(0), "view b": photo(2)}
+    for name, content in contents.items():
+        put(quick.path / name, content)
+    assert quick.compact("view a", "view b") == {"compacted": 2}
+    shown = {name: quick.views[digest(one)] if "view" in name else one for name, one in contents.items()}
+
+    def read(path: Path) -> bytes:
+        with open(path, "rb", buffering=0) as file:
+            if mapped:
+                with mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) as pages:
+                    return pages[:]
+            return b"".join(iter(lambda: file.read(1 << 14), b""))
+
+    target = quick.path / "target.jpg"
+    for before in shown:
+        for after in shown:
+            for name in (before, after):
+                # A copy of a blob behind the mount is a blob, with an inode of its own.
+                subprocess.run(["cp", "-a", quick.store / name, quick.store / "new"], check=True)
+                (quick.store / "new").rename(quick.store / "target.jpg")
+                for _ in range(3):
+                    assert read(target) == shown[name], f"{after} instead of {before}"

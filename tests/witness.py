@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
+from PIL import Image
+
 from esrfs.control import ControlError
 from esrfs.store import originals, recovery
 from esrfs.store.layout import RESERVED, open_store
@@ -24,17 +26,18 @@ from tests.mounting import Mounted
 MTIME = 1_500_000_000_123_456_789
 MODE = 0o640
 _BYTES = 96 << 10
-_CROPS = (("coffee", (60, 20, 380, 260)), ("astronaut", (96, 0, 416, 240)), ("chelsea", (64, 32, 384, 272)))
+_CROPS = (("coffee", (60, 20, 380, 260)), ("astronaut", (96, 0, 416, 240)), ("chelsea", (144, 92, 304, 212)))
 
 
 @functools.cache
 def photo(number: int = 0) -> bytes:
-    """One of three different JPEG files, all of just the same length (filled after the picture's end)."""
+    """One of three different JPEG files, all of just the same length (filled after the picture's end). The last one is
+    soft, so that its blob needs a network."""
     from tests.conftest import photograph  # noqa: PLC0415 (it imports this module)
 
     name, box = _CROPS[number]
     encoded = io.BytesIO()
-    photograph(name).crop(box).save(encoded, "JPEG", quality=95)
+    photograph(name).crop(box).resize((320, 240), Image.Resampling.BICUBIC).save(encoded, "JPEG", quality=95)
     return encoded.getvalue().ljust(_BYTES, b"\0")
 
 
@@ -99,9 +102,10 @@ class QuickMounted(Mounted):
         """Whether the mount's process has the store's file open."""
         assert self.process is not None
         wanted = (self.store / path).stat()
-        for entry in os.scandir(f"/proc/{self.process.pid}/fd"):
+        folder = Path(f"/proc/{self.process.pid}/fd")
+        for number in os.listdir(folder):
             with contextlib.suppress(OSError):
-                if os.path.samestat(entry.stat(), wanted):
+                if os.path.samestat((folder / number).stat(), wanted):
                     return True
         return False
 
