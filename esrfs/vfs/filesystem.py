@@ -23,7 +23,7 @@ from esrfs.engine.client import Engine
 from esrfs.engine.protocol import Lane
 from esrfs.store import linux, swap
 from esrfs.store.beneath import beneath
-from esrfs.store.examine import examine, may_be_blob, recipe_of
+from esrfs.store.examine import examine, is_damaged, may_be_blob, recipe_of
 from esrfs.store.identity import Identity
 from esrfs.store.layout import RESERVED, Store
 from esrfs.upkeep.claims import Claims
@@ -182,26 +182,30 @@ class Filesystem:
             self._forget_view(view_key)
 
     def hide(self, path: str) -> Hidden | None:
-        """Unlink a file that is open, and keep a handle of it (see ``vfs/removed.py``); None, and nothing done, if it
-        is not open here. Release that handle in the end."""
+        """Unlink a file that is open, and keep a handle of it (see ``vfs/removed.py``) as long as programs have some;
+        None, and nothing done, if it is not open here."""
         directory, name = self._directories.parent(self._visible(path))
         st = os.stat(name, dir_fd=directory.number, follow_symlinks=False)
         file = self.handles.file((st.st_dev, st.st_ino))
         view_key = None if file is None else self._view_key(directory.number, name)
-        handle = None if file is None else self._another(file)
+        handle = None if file is None else self._another(file, stands_in=True)
         if handle is None:
             return None
         try:
             hidden = self._removed.take(path, directory.number, name, handle.number)
         except BaseException:
-            self.handles.remove(handle.number)
+            self.release_hidden(handle.number)
             raise
         self.handles.removed(path)
         if view_key is not None:
             self._forget_view(view_key)
         return hidden
 
-    def _another(self, file: OpenFile, flags: int = os.O_RDONLY) -> Handle | None:
+    def release_hidden(self, number: int) -> None:
+        with contextlib.suppress(KeyError):  # it has ended with the programs' handles
+            self.handles.remove(number)
+
+    def _another(self, file: OpenFile, flags: int = os.O_RDONLY, *, stands_in: bool = False) -> Handle | None:
         """A further handle of an open file, whatever its name is; None if it is not open any more. Raises OSError."""
         with self.handles.changing:  # what a blob's descriptors mean does not change meanwhile
             handle = next(iter(list(file.handles)), None)
@@ -212,7 +216,7 @@ class Filesystem:
             else:
                 descriptor = os.open(f"/proc/self/fd/{handle.descriptor}", (flags & _PASSED_TO_STORE) | os.O_CLOEXEC)
             try:
-                another = self.handles.join(file, descriptor, _is_writable(flags))
+                another = self.handles.join(file, descriptor, _is_writable(flags), stands_in=stands_in)
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -514,11 +518,15 @@ class Filesystem:
         identity = _identity(st)
         recent = self._recent.get(identity)
         if recent is not None:
+            if recent.content is not None:
+                self.cache.hits += 1
             return recent
         blob = examine(self.store, descriptor, st)
-        if blob is None:
-            return None
         try:
+            if blob is None:
+                if is_damaged(self.store, descriptor, st):
+                    raise ValueError("its footer's checksum differs")
+                return None
             recipe = recipe_of(descriptor, st, blob)
         except ValueError as error:
             log.error("%s: its blob is damaged (%s); reading it fails with EIO. Try `esrfs restore`.", path, error)
@@ -548,8 +556,7 @@ class Filesystem:
                 return Opened(handle.number, direct_io=True)
             identity = (identity, content.sha256)
         keep, direct = self.handles.admit(handle, path, identity)
-        flushes = view is not None or (handle.writable and self._errors_at_close)
-        return Opened(handle.number, keep, direct, flushes)
+        return Opened(handle.number, keep, direct, flushes=handle.writable and self._errors_at_close)
 
     def read_into(self, number: int, address: int, size: int, offset: int) -> int:
         """Read up to ``size`` bytes at ``offset`` to memory at ``address``; the number of bytes, 0 at the end."""
