@@ -113,6 +113,19 @@ def test_stat_reads_64_bytes_once(opened: Callable[[bytes], tuple[int, int]], mo
     assert len(reads) == 1
 
 
+def test_a_footer_with_a_byte_changed_is_told_from_other_files(opened: Callable[[bytes], tuple[int, int]]) -> None:
+    data = packed()
+    for position in range(64):
+        changed = bytearray(data)
+        changed[len(data) - 64 + position] ^= 0x10
+        fd, size = opened(bytes(changed))
+        assert container.read_footer(fd, size, STORE_ID, KEY) is None
+        assert container.footer_is_damaged(fd, size, STORE_ID)
+        assert not container.footer_is_damaged(fd, size, b"another store's.")
+    for whole in (data, container.pack(b"mine", recipe.encode(make_recipe()), STORE_ID, b"k" * 32), bytes(len(data))):
+        assert not container.footer_is_damaged(*opened(whole), STORE_ID)
+
+
 @pytest.mark.parametrize(("store_id", "key"), [(bytes(16), KEY), (STORE_ID, bytes(32))])
 def test_another_stores_blob_is_a_plain_file(
     opened: Callable[[bytes], tuple[int, int]], store_id: bytes, key: bytes

@@ -63,6 +63,8 @@ _BOX_HEADER = struct.Struct(">I4s")
 _BEFORE_PAYLOAD = _BOX_HEADER.size + len(BOX_UUID) + _CRC.size
 _SMALLEST_BOX = _BEFORE_PAYLOAD + FOOTER_BYTES
 _BOXES_TO_WALK = 64
+_WRONG_BYTES = 2
+"""Of magic and store id, 21 bytes, that may differ in a footer that is taken for a damaged one."""
 _RECIPE_LIMIT = 1 << 30
 """A payload may not inflate beyond this many bytes; a recipe holds all that follows the picture, even a video."""
 
@@ -157,6 +159,21 @@ def read_footer(fd: int, size: int, store_id: bytes | None = None, key: bytes | 
     if store_id is not None and key is not None and not footer.genuine(store_id, key):
         return None
     return footer
+
+
+def footer_is_damaged(fd: int, size: int, store_id: bytes) -> bool:
+    """Whether the file ``fd``, which has no footer that can be read, ends in what was one of this store until a few
+    bytes of it rotted.
+
+    Such a file must not be shown as the small AVIF that is left of it: a mirror would take it over. Raises OSError.
+    """
+    if not may_be_blob(size):
+        return False
+    raw = os.pread(fd, FOOTER_BYTES, size - FOOTER_BYTES)
+    if len(raw) != FOOTER_BYTES or _CRC.unpack(raw[-_CRC.size :])[0] == zlib.crc32(raw[: -_CRC.size]):
+        return False
+    wrong = sum(found != due for found, due in zip(raw[:5] + raw[8:24], _MAGIC + store_id, strict=True))
+    return wrong <= _WRONG_BYTES
 
 
 def read_recipe(fd: int, size: int, footer: Footer | None = None) -> Recipe | None:

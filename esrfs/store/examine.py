@@ -34,6 +34,14 @@ def examine(store: Store, fd: int, st: os.stat_result) -> BlobInfo | None:
     return None if footer is None else BlobInfo(footer.view_size, footer)
 
 
+def is_damaged(store: Store, fd: int, st: os.stat_result) -> bool:
+    """Whether a file that :func:`examine` does not know was a blob of this store, and its last bytes rotted.
+
+    Raises OSError when the file can't be read.
+    """
+    return may_be_blob(st) and container.footer_is_damaged(fd, st.st_size, store.config.id_bytes)
+
+
 def recipe_of(fd: int, st: os.stat_result, info: BlobInfo) -> Recipe | None:
     """The recipe of a file that :func:`examine` knows. Raises BlobDamaged (a ValueError) and OSError."""
     return container.read_recipe(fd, st.st_size, info.footer)

@@ -21,7 +21,7 @@ from esrfs.engine.client import EngineError, Rebuilt
 from esrfs.store import ledger, originals, staging
 from esrfs.store.beneath import beneath
 from esrfs.store.errors import StoreError
-from esrfs.store.examine import may_be_blob
+from esrfs.store.examine import is_damaged, may_be_blob
 from esrfs.store.layout import NETWORKS, ORIGINALS, RESERVED, Store
 from esrfs.store.ledger import Purged, ToPlain
 from esrfs.upkeep import walk
@@ -30,6 +30,7 @@ Severity = Literal["damage", "note"]
 Rebuild = Callable[[bytes, bytes, bytes], Rebuilt]
 """(sha256 of the view, encoded recipe, AVIF) → the view; raises EngineError, TimeoutError."""
 
+_ADVICE = "The view of it can't be read: bring it back with `esrfs restore` or from a backup of the store"
 _FILE_TYPE = slice(4, 8)
 
 
@@ -105,6 +106,8 @@ def _look_at(store: Store, path: str, networks: dict[bytes, str | None]) -> tupl
     try:
         st = os.fstat(descriptor)
         genuine = _is_ours(store, descriptor, st)
+        if genuine is None and is_damaged(store, descriptor, st):
+            return None, [_damage(path, "blob_damaged", f"its footer is damaged. {_ADVICE}")]
         if genuine is None:
             return None, _moved_box(store, path, descriptor, st.st_size)
         data = _read_all(descriptor, st.st_size)
@@ -150,17 +153,16 @@ def _moved_box(store: Store, path: str, descriptor: int, size: int) -> list[Find
 def _blob(
     store: Store, path: str, data: bytes, footer: container.Footer, networks: dict[bytes, str | None]
 ) -> tuple[container.Blob | None, list[Finding]]:
-    advice = "The view of it can't be read: bring it back with `esrfs restore` or from a backup of the store"
     try:
         blob = container.unpack(data)
     except (BlobDamaged, NotABlob) as error:
-        return None, [_damage(path, "blob_damaged", f"{error}. {advice}")]
+        return None, [_damage(path, "blob_damaged", f"{error}. {_ADVICE}")]
     recipe = blob.recipe
     if recipe.original_size != footer.view_size:
         sizes = f"{footer.view_size} bytes, its recipe one of {recipe.original_size}"
-        return blob, [_damage(path, "blob_damaged", f"its footer promises a view of {sizes}. {advice}")]
+        return blob, [_damage(path, "blob_damaged", f"its footer promises a view of {sizes}. {_ADVICE}")]
     if blob.avif[_FILE_TYPE] != b"ftyp" and not isinstance(recipe.coding, Verbatim):
-        return blob, [_damage(path, "blob_damaged", f"its picture is no AVIF. {advice}")]
+        return blob, [_damage(path, "blob_damaged", f"its picture is no AVIF. {_ADVICE}")]
     if recipe.network_sha256:
         if recipe.network_sha256 not in networks:
             networks[recipe.network_sha256] = _network_problem(store, recipe.network_sha256)

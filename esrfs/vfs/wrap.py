@@ -19,7 +19,7 @@ from esrfs.blob import container
 from esrfs.blob import recipe as recipe_format
 from esrfs.blob.recipe import Literal, Recipe, Scores, Verbatim
 from esrfs.store import swap
-from esrfs.store.examine import examine, may_be_blob
+from esrfs.store.examine import examine, is_damaged, may_be_blob
 from esrfs.store.identity import Identity
 from esrfs.store.layout import Store
 from esrfs.store.swap import SwapStatus
@@ -43,7 +43,9 @@ def wrap_if_needed(store: Store, file: OpenFile, descriptor: int) -> None:
         for attempt in range(_TRIES):
             time.sleep(attempt * _PAUSE_SECONDS)
             st = os.fstat(descriptor)
-            if not may_be_blob(st) or examine(store, descriptor, st) is None:
+            if not may_be_blob(st):
+                return
+            if examine(store, descriptor, st) is None and not is_damaged(store, descriptor, st):
                 return
             if file.removed or any(handle.writable for handle in list(file.handles)):
                 return
