@@ -212,6 +212,8 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
         if hidden is None:
             return False
         self._last_hidden = max(number, self._last_hidden)
+        for name in [name for name, each in list(self._hidden.items()) if each.handle not in self._fs.handles]:
+            self._hidden.pop(name, None)  # libfuse forgets those that were closed just when they were hidden
         self._hidden[match[2]] = _threads.hidden = hidden
         return True
 
@@ -248,8 +250,8 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
         if hidden is None:
             self._fs.unlink(_name(path))
         else:  # the last program closed it
-            del self._hidden[path[path.rfind(b"/") + 1 :]]
-            self._fs.release(hidden.handle)
+            self._hidden.pop(path[path.rfind(b"/") + 1 :], None)
+            self._fs.release_hidden(hidden.handle)
 
     def rmdir(self, path: bytes) -> None:
         self._fs.rmdir(_name(path))

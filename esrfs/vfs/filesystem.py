@@ -243,8 +243,9 @@ class Filesystem:
         """The rename that was to replace the file failed."""
         directory, name = self._directories.parent(hidden.path)
         self._removed.give_back(hidden, directory.number, name)
-        file = self.handles.get(hidden.handle).file
-        file.path, file.removed = hidden.path, False
+        if hidden.handle in self.handles:
+            file = self.handles.get(hidden.handle).file
+            file.path, file.removed = hidden.path, False
 
     def _view_key(self, directory: int, name: str) -> str | None:
         """The cache key of the photograph whose last name this is; None for anything else."""

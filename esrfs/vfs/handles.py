@@ -49,6 +49,8 @@ class Handle:
     pages: Pages | None = None
     """Set when this handle's reads go through the kernel's page cache."""
     written: bool = False
+    stands_in: bool = False
+    """No program's: ours, for a file without a name (see ``removed``). Ends with the last of the programs' handles."""
 
 
 @dataclass(eq=False, slots=True)
@@ -113,12 +115,15 @@ class Handles:
             self._drop_oldest()
         return handle
 
-    def join(self, file: OpenFile, descriptor: int, writable: bool) -> Handle | None:
+    def __contains__(self, number: int) -> bool:
+        return number in self._handles
+
+    def join(self, file: OpenFile, descriptor: int, writable: bool, *, stands_in: bool = False) -> Handle | None:
         """A new handle of an open file, whatever its name; None if it is not open any more."""
         with self._lock:
             if not file.handles:
                 return None
-            handle = Handle(next(self._numbers), file, descriptor, writable)
+            handle = Handle(next(self._numbers), file, descriptor, writable, stands_in=stands_in)
             file.handles.add(handle)
             self._handles[handle.number] = handle
         return handle
@@ -129,13 +134,20 @@ class Handles:
             handle = self._handles.pop(number)
             file = handle.file
             file.handles.discard(handle)
+            ended = [handle]
+            if all(each.stands_in for each in file.handles):
+                ended += file.handles
+                for each in file.handles:
+                    del self._handles[each.number]
+                file.handles.clear()
             if not file.handles and self._files.get(file.key) is file:
                 del self._files[file.key]
             if handle.pages is not None:
                 handle.pages.opens -= 1
                 if handle.pages.opens == 0:
                     handle.pages.file = None
-        os.close(handle.descriptor)
+        for each in ended:
+            os.close(each.descriptor)
         return handle
 
     def rekey(self, file: OpenFile, key: Key) -> None:

@@ -39,7 +39,7 @@ class Hidden:
     path: str
     """The name it had, relative to the store."""
     handle: int
-    """Stands for the file until libfuse says that the last program closed it."""
+    """Stands for the file until the last program closed it."""
     staged: str | None
     """Its name in staging, while it has one; that is one link more than programs shall see."""
     since: float
