@@ -45,7 +45,7 @@ class JpegCoding(msgspec.Struct, frozen=True, tag="jpeg"):
 
 
 class PngCoding(msgspec.Struct, frozen=True, tag="png"):
-    """How pixels become IDAT chunks: 8 bits a sample, not interlaced."""
+    """How pixels become the data of one IDAT chunk: 8 bits a sample, not interlaced."""
 
     mode: OneOf["L", "LA", "RGB", "RGBA"]
     compress_level: int

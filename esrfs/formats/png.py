@@ -4,7 +4,10 @@ A view, byte for byte::
 
     signature and the chunks before IDAT   verbatim
     esRF    fill: chunks of zeros, 1 MiB or less each; private, ancillary, not safe to copy (an editor drops them)
-    scan    pinned length: IDAT chunks of up to 1 MiB, then, if they are shorter, one esRF chunk
+    IDAT    the header of one chunk, whose length is pinned: programs that list chunks, or look for the first pixels,
+            need no network
+    scan    that chunk's data, a zlib stream with as many empty deflate blocks at its beginning as make its length the
+            pinned one, and its checksum
     esRF    fill
     the chunks after IDAT, IEND, and all that follows, verbatim and at their offset
 """
@@ -33,6 +36,13 @@ _FILL = b"esRF"
 _FILL_DATA = 1 << 20
 _CHUNK = 12
 """Bytes of a chunk without its data."""
+_CHUNK_HEADER, _CHUNK_CHECKSUM = 8, 4
+_LONGEST = (1 << 31) - 1
+"""Bytes of data in one chunk."""
+_FIVE, _SIX = b"\x00\x00\x00\xff\xff", b"\x02\x00\x00\x00\xff\xff"
+"""Deflate blocks that inflate to nothing, of so many bytes: a stored one, and a stored one after one of fixed codes."""
+_SLACK = 64
+"""Bytes that the stream may grow at least, where there is room, on other hardware."""
 _MODES: dict[int, OneOf["L", "LA", "RGB", "RGBA"]] = {0: "L", 2: "RGB", 4: "LA", 6: "RGBA"}
 _REFUSED = {
     b"acTL": "is animated",
@@ -120,11 +130,11 @@ def encode_scan(coding: PngCoding, width: int, height: int, pixels: Pixels, leng
     alpha = _alpha_image(coding, width, height)
     base = as_image(pixels, width, height, _colour_mode(coding.mode))
     for image in softened(base):
-        scan = _scan(coding, image, alpha)
-        rest = length - len(scan)
-        if rest == 0 or rest >= _CHUNK:
-            return scan + _expanded_fill(rest)
-    raise DoesNotFit(f"the rebuilt picture needs {len(scan)} bytes, and there are {length}")
+        stream = _stream(coding, image, alpha)
+        rest = length - _CHUNK_CHECKSUM - len(stream)
+        if _can_pad(rest):
+            return _padded(stream, rest)
+    raise DoesNotFit(f"the rebuilt picture needs {len(stream) + _CHUNK_CHECKSUM} bytes, and there are {length}")
 
 
 def encoder() -> str:
@@ -141,26 +151,27 @@ def _fit(split: PngSplit, pixels: Pixels) -> FittedView:
     free = -1
     for level in LEVELS:
         coding = PngCoding(mode=split.mode, compress_level=level, alpha=alpha)
-        scan = _scan(coding, base, _alpha_image(coding, split.width, split.height))
-        free = split.scan_end - split.scan_start - len(scan)
-        if free == 0 or free >= _CHUNK:
-            return _lay_out(split, coding, scan, free)
+        stream = _stream(coding, base, _alpha_image(coding, split.width, split.height))
+        free = split.scan_end - split.scan_start - _CHUNK - len(stream)
+        if _can_pad(free) and split.scan_end - split.scan_start < _LONGEST:
+            return _lay_out(split, coding, stream, free)
     if free > 0:
-        raise DoesNotFit(f"{free} bytes are left, and fill takes at least {_CHUNK}")
+        raise DoesNotFit(f"{free} bytes are left, which no fill takes")
     raise DoesNotFit(f"the rebuilt picture is {-free} bytes too long for the original's size")
 
 
-def _lay_out(split: PngSplit, coding: PngCoding, scan: bytes, free: int) -> FittedView:
-    slack = min(free, max(64, len(scan) // 64))
-    if 0 < free - slack < _CHUNK:
+def _lay_out(split: PngSplit, coding: PngCoding, stream: bytes, free: int) -> FittedView:
+    slack = min(free, max(_SLACK, len(stream) // 64))
+    if free - slack < _CHUNK:
         slack = free
     tail = min(free - slack, TAIL_BYTES)
-    front = front_fill(split.scan_start, free - slack - tail, _CHUNK, free)
+    front = front_fill(split.scan_start + _CHUNK_HEADER, free - slack - tail, _CHUNK, free)
     tail = free - slack - front
+    header = struct.pack(">I", len(stream) + slack) + b"IDAT"
     return FittedView(
         coding=coding,
-        prefix=joined([Literal(split.data[: split.scan_start]), *_fill(front)]),
-        scan=scan + _expanded_fill(slack),
+        prefix=joined([Literal(split.data[: split.scan_start]), *_fill(front), Literal(header)]),
+        scan=_padded(stream, slack),
         suffix=joined([*_fill(tail), Literal(split.data[split.scan_end :])]),
         encoder=encoder(),
     )
@@ -180,22 +191,26 @@ def _fill(count: int) -> list[Span]:
     return spans
 
 
-def _expanded_fill(count: int) -> bytes:
-    """One esRF chunk of ``count`` bytes (0, or at least 12)."""
-    return _chunk(_FILL, bytes(count - _CHUNK)) if count else b""
+def _can_pad(count: int) -> bool:
+    """Whether a stream can be made longer by ``count`` bytes: by 0, 5, 6, 10, 11, 12, and so on; all from 20 on."""
+    return count >= 0 and count >= count % 5 * len(_SIX)
 
 
-def _scan(coding: PngCoding, image: Image.Image, alpha: Image.Image | None) -> bytes:
-    """The IDAT chunks."""
+def _padded(stream: bytes, count: int) -> bytes:
+    """A chunk's data, ``count`` bytes longer than ``stream``, and its checksum."""
+    sixes = count % 5
+    data = stream[:2] + _SIX * sixes + _FIVE * ((count - sixes * len(_SIX)) // len(_FIVE)) + stream[2:]
+    return data + struct.pack(">I", zlib.crc32(data, zlib.crc32(b"IDAT")))
+
+
+def _stream(coding: PngCoding, image: Image.Image, alpha: Image.Image | None) -> bytes:
+    """The pixels as a zlib stream."""
     if alpha is not None:
         image = image.copy()
         image.putalpha(alpha)
     out = io.BytesIO()
     image.save(out, "PNG", compress_level=coding.compress_level)
-    stream = memoryview(b"".join(chunk.data for chunk in _chunks(out.getvalue()) if chunk.kind == b"IDAT"))
-    return b"".join(
-        _chunk(b"IDAT", stream[offset : offset + _FILL_DATA]) for offset in range(0, len(stream), _FILL_DATA)
-    )
+    return b"".join(chunk.data for chunk in _chunks(out.getvalue()) if chunk.kind == b"IDAT")
 
 
 def _alpha_image(coding: PngCoding, width: int, height: int) -> Image.Image | None:
