@@ -187,7 +187,7 @@ def large_photograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mounted(tmp_path: Path, can_mount: None) -> Iterator[Mounted]:
-    """A store that is mounted; compaction runs only when asked (``mounted.compact()``). Its log is checked at the end."""
+    """A store that is mounted; compaction runs when asked (``mounted.compact()``). Its log is checked at the end."""
     mount = Mounted(tmp_path)
     try:
         yield mount.start()

@@ -39,7 +39,7 @@ class Mounted:
         """Regular expressions of log lines that this test provokes."""
 
     def start(self, *options: str, faults: str = "") -> Mounted:
-        """Mount, and wait until it answers. ``options`` are single values of ``-o``; compaction waits for being asked."""
+        """Mount, and wait until it answers. ``options`` are single values of ``-o``; compaction waits to be asked."""
         environment = {**os.environ, "ESRFS_FAULTS": faults}
         command = [sys.executable, "-m", self.program, "mount", "--foreground", str(self.store), str(self.path)]
         command += ["-o", ",".join([*FAST, *options])]
