@@ -124,9 +124,8 @@ def main() -> None:
                         if number:  # the first round warms up
                             figures.setdefault(name, {}).setdefault(where, []).append(value)
     print(f"{describe()}; {rounds} rounds, medians; backing store in memory (/dev/shm)\n")
-    print(
-        "| workload | native | pass-through | esrfs | esrfs / pass-through | esrfs / native |\n|---|---|---|---|---|---|"
-    )
+    print("| workload | native | pass-through | esrfs | esrfs / pass-through | esrfs / native |")
+    print("|---|---|---|---|---|---|")
     for name, values in figures.items():
         plain, peer_value, ours = (statistics.median(values[where]) for where in ("native", "pass-through", "esrfs"))
         row = (f"{plain:,.0f}", f"{peer_value:,.0f}", f"{ours:,.0f}", f"{ours / peer_value:.2f}", f"{ours / plain:.3f}")

@@ -1,8 +1,8 @@
 """Views of photographs: a cold read against its parts measured alone, warm reads against native, and the start.
 
 ``python -m benchmarks.views [--rounds N]`` compacts one 12 MP photograph (scikit-image's, enlarged) and prints medians.
-"Alone" runs the very functions of the engine in this process, one after the other: decode the blob's AVIF, run the network
-over its tiles, encode the JPEG.
+"Alone" runs the very functions of the engine in this process, one after the other: decode the blob's AVIF, run the
+network over its tiles, encode the JPEG.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.machine import describe, mounted
-
 
 _WARM_READS = 50
 
