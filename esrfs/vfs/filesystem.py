@@ -192,7 +192,7 @@ class Filesystem:
         if handle is None:
             return None
         try:
-            hidden = self._removed.take(path, directory.number, name, handle.number)
+            hidden = self._removed.take(path, directory.number, name, handle.number, st.st_nlink)
         except BaseException:
             self.release_hidden(handle.number)
             raise
@@ -242,10 +242,10 @@ class Filesystem:
     def give_name_back(self, hidden: Hidden) -> None:
         """The rename that was to replace the file failed."""
         directory, name = self._directories.parent(hidden.path)
-        self._removed.give_back(hidden, directory.number, name)
-        if hidden.handle in self.handles:
-            file = self.handles.get(hidden.handle).file
-            file.path, file.removed = hidden.path, False
+        handle = self.handles.get(hidden.handle) if hidden.handle in self.handles else None
+        self._removed.give_back(hidden, directory.number, name, None if handle is None else handle.descriptor)
+        if handle is not None:
+            handle.file.path, handle.file.removed = hidden.path, False
 
     def _view_key(self, directory: int, name: str) -> str | None:
         """The cache key of the photograph whose last name this is; None for anything else."""
@@ -455,11 +455,38 @@ class Filesystem:
     def open(self, path: str, flags: int) -> Opened:
         self._visible(path)
         flags = _for_truncation(flags)
+        in_use = self.handles.in_use(path)
+        if in_use is not None and not _is_writable(flags):
+            opened = self._open_what_is_in_use(path, in_use)
+            if opened is not None:
+                return opened
         for _ in range(_TRIES):
             opened = self._open_once(path, flags)
             if opened is not None:
                 return opened
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    def _open_what_is_in_use(self, path: str, file: OpenFile) -> Opened | None:
+        """Behind the mount the name was given to another file, while programs still read the first one here. For the
+        kernel both are one file, with one set of pages: so who opens it now reads the first one too, as long as that is
+        open. None in the usual case, and where the new file has another size: the kernel knows but one."""
+        directory, name = self._directories.parent(path)
+        st = os.stat(name, dir_fd=directory.number, follow_symlinks=False)
+        if (st.st_dev, st.st_ino) == file.key or file.removed:
+            return None
+        shown = self.attributes.size(directory.number, name, st)
+        handle = self.handles.share(file)
+        if handle is None:
+            return None
+        try:
+            st, size = self.stat_handle(handle.number)
+            if size == shown:
+                return self._admit(handle, path, st)
+        except BaseException:
+            self.handles.remove(handle.number)
+            raise
+        self.handles.remove(handle.number)
+        return None
 
     def _open_once(self, path: str, flags: int) -> Opened | None:
         """None when the name came to mean another file meanwhile, so that it has to be tried again."""
@@ -554,6 +581,7 @@ class Filesystem:
             content = view.look_in_cache(by_the_way=True)
             if content is None:
                 # Until it is rebuilt: the kernel's read-ahead must not ask for pixels that the program never reads.
+                self.handles.admit(handle, path, None)
                 return Opened(handle.number, direct_io=True)
             identity = (identity, content.sha256)
         keep, direct = self.handles.admit(handle, path, identity)

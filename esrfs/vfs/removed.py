@@ -59,11 +59,12 @@ class Removed:
         self._thread: threading.Thread | None = None
         self._ending = False
 
-    def take(self, path: str, directory: int, name: str, handle: int) -> Hidden:
-        """Take the name away from the file, which ``handle`` stands for. Raises OSError."""
+    def take(self, path: str, directory: int, name: str, handle: int, links: int) -> Hidden:
+        """Take the name, one of ``links``, away from the file, which ``handle`` stands for. Raises OSError."""
         staged = None
-        with contextlib.suppress(OSError):  # another filesystem below the store, or a full disk
-            staged = staging.take_in(self._store, directory, name)
+        if links == 1:  # else its other names keep it, and would show one link too many
+            with contextlib.suppress(OSError):  # another filesystem below the store, or a full disk
+                staged = staging.take_in(self._store, directory, name)
         if staged is None:
             os.unlink(name, dir_fd=directory)
         hidden = Hidden(path, handle, staged, time.monotonic())
@@ -76,11 +77,14 @@ class Removed:
                 self._changed.notify()
         return hidden
 
-    def give_back(self, hidden: Hidden, directory: int, name: str) -> None:
-        """What was to replace it did not: it gets its name again, unless somebody has that by now."""
+    def give_back(self, hidden: Hidden, directory: int, name: str, descriptor: int | None) -> None:
+        """What was to replace it did not: it gets its name again, unless somebody has that by now. ``descriptor``: of
+        the file, if it is still open."""
         with self._changed:
             staged, hidden.staged = hidden.staged, None
         if staged is None:
+            with contextlib.suppress(OSError):
+                os.link(f"/proc/self/fd/{descriptor}", name, dst_dir_fd=directory, follow_symlinks=True)
             return
         try:
             linux.renameat2(self._store.staging_fd, staged, directory, name, linux.RENAME_NOREPLACE)

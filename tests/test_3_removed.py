@@ -1,0 +1,80 @@
+"""Files deleted or replaced while open: what happens when the step after the hiding fails, or never comes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from esrfs.cache import ViewCache
+from esrfs.engine.client import Engine
+from esrfs.store import recovery
+from esrfs.store.initialise import init
+from esrfs.store.layout import Store, open_store
+from esrfs.upkeep.claims import Claims
+from esrfs.vfs.filesystem import Caller, Filesystem
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    init(str(tmp_path / "store"))
+    with open_store(str(tmp_path / "store")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def fs(store: Store, tmp_path: Path) -> Iterator[Filesystem]:
+    cache = ViewCache(tmp_path / "cache", 1 << 20, 0)
+    yield Filesystem(store, cast(Engine, None), cache, Claims())
+    cache.close()
+
+
+def create(fs: Filesystem, name: str, content: str) -> int:
+    number = fs.create(name, os.O_RDWR, 0o644, Caller(os.geteuid(), os.getegid(), 0)).number
+    Path(fs.store.path, name).write_text(content)
+    return number
+
+
+@pytest.mark.parametrize("links", [1, 2])
+def test_the_target_of_a_rename_that_fails_gets_its_name_back(fs: Filesystem, links: int) -> None:
+    number = create(fs, "target", "content")
+    if links == 2:
+        fs.link("target", "other")
+    hidden = fs.hide("target")
+    assert hidden is not None
+    assert not Path(fs.store.path, "target").exists()
+    fs.give_name_back(hidden)
+    assert Path(fs.store.path, "target").read_text() == "content"
+    assert fs.stat("target")[0].st_nlink == links
+    fs.close()
+    assert Path(fs.store.path, "target").read_text() == "content"
+    fs.release(number)
+    assert len(fs.handles) == 0
+
+
+def test_a_name_that_somebody_took_meanwhile_is_theirs(fs: Filesystem, caplog: pytest.LogCaptureFixture) -> None:
+    number = create(fs, "target", "content")
+    hidden = fs.hide("target")
+    assert hidden is not None
+    Path(fs.store.path, "target").write_text("newer")
+    fs.give_name_back(hidden)
+    assert Path(fs.store.path, "target").read_text() == "newer"
+    assert "could not be given back its name" in caplog.text
+    caplog.clear()
+    fs.release(number)
+    fs.close()
+
+
+def test_a_crash_between_hiding_and_replacing_loses_nothing(fs: Filesystem, tmp_path: Path) -> None:
+    create(fs, "target", "content")
+    assert fs.hide("target") is not None
+    fs.store.close()  # as a kill would: its ledger's lock is gone, the name lies in staging
+    with open_store(str(tmp_path / "store")) as again:
+        report = recovery.recover(again)
+        assert len(report.found) == 1
+        kept = Path(again.path, ".esrfs", "originals", report.found[0])
+        assert kept.read_text() == "content"
+        assert os.listdir(again.staging_fd) == []
