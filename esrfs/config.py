@@ -41,7 +41,7 @@ def runtime_directory() -> Path:
     elif uid == 0:
         directory = Path("/run/esrfs")
     else:
-        directory = Path(os.environ.get("TMPDIR", "/tmp")) / f"esrfs-{uid}"  # noqa: S108
+        directory = Path(os.environ.get("TMPDIR", "/tmp")) / f"esrfs-{uid}"
     _private(directory)
     if directory.stat().st_uid != uid:
         raise PermissionError(f"{directory} belongs to another user; set XDG_RUNTIME_DIR to a directory of your own")

@@ -1,9 +1,9 @@
 """Named points at which tests make esrfs fail, so that each promise of "nothing is lost" can be tested by breaking it.
 
-``ESRFS_FAULTS`` holds a comma-separated list of ``point=action``; a point is the name given to :func:`reach` in the code.
-Actions: ``kill`` (SIGKILL to this process), ``sleep:SECONDS``, ``errno:NAME`` (raise OSError, e.g. ``errno:ENOSPC``),
-``pause:PATH`` (create PATH, then wait until it is gone: a test acts in between). Without the variable a point costs one
-dictionary look-up.
+``ESRFS_FAULTS`` holds a comma-separated list of ``point=action``; a point is the name given to :func:`reach` in the
+code. Actions: ``kill`` (SIGKILL to this process), ``sleep:SECONDS``, ``errno:NAME`` (raise OSError, e.g.
+``errno:ENOSPC``), ``pause:PATH`` (create PATH, then wait until it is gone: a test acts in between). Without the
+variable a point costs one dictionary look-up.
 """
 
 from __future__ import annotations

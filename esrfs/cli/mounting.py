@@ -88,9 +88,12 @@ def _unguard(mount: paths.Mount) -> None:
     from esrfs.store import layout  # noqa: PLC0415
     from esrfs.store.errors import StoreError  # noqa: PLC0415
 
-    with contextlib.suppress(StoreError, OSError), layout.open_store(mount.store, readonly=True) as store:
-        with guarded(mount.mountpoint, config.state_directory(store.config.id)) as guard:
-            guard.end()
+    with (
+        contextlib.suppress(StoreError, OSError),
+        layout.open_store(mount.store, readonly=True) as store,
+        guarded(mount.mountpoint, config.state_directory(store.config.id)) as guard,
+    ):
+        guard.end()
 
 
 def is_mount_helper(program: str, arguments: Sequence[str], commands: Container[str]) -> bool:

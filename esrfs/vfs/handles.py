@@ -162,14 +162,34 @@ class Handles:
         with self._lock:
             return list(self._files.values())
 
+    def share(self, file: OpenFile) -> Handle | None:
+        """A new handle for reading an open file, whatever lies under its name; None if it is not open any more.
+
+        Raises OSError."""
+        with self._lock:
+            other = next(iter(file.handles), None)
+            if other is None:
+                return None
+            descriptor = os.open(f"/proc/self/fd/{other.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+            handle = Handle(next(self._numbers), file, descriptor, False)
+            file.handles.add(handle)
+            self._handles[handle.number] = handle
+        return handle
+
     # Whose pages the kernel holds.
+
+    def in_use(self, path: str) -> OpenFile | None:
+        """The file that is read by this path at present: all that is read by it should be of this file."""
+        pages = self._pages.get(path)
+        return None if pages is None else pages.file
 
     def admit(self, handle: Handle, path: str, identity: object) -> tuple[bool, bool]:
         """Decide how the kernel may cache this open: (keep what it holds, bypass the cache).
 
-        ``identity`` names the very bytes that will be served. The kernel drops a path's pages at each open that may
-        not keep them. An open of other bytes, while a file's pages are in use, bypasses the cache: nobody reads a
-        mixture.
+        ``identity`` names the very bytes that will be served; None for those of a view that is still to be rebuilt,
+        whose open bypasses the cache anyway. The kernel drops a path's pages at each open that may not keep them. An
+        open of another file, while a file is in use by this path, bypasses the cache, so that its reads are not mixed
+        with the other's.
         """
         with self._lock:
             pages = self._pages.get(path)
@@ -181,8 +201,9 @@ class Handles:
                 if pages.file is not handle.file:
                     return False, True
                 keep = True
+                pages.identity = identity or pages.identity
             else:
-                keep = pages.identity == identity
+                keep = identity is not None and pages.identity == identity
                 pages.identity = identity
                 pages.file = handle.file
             self._pages.move_to_end(path)
