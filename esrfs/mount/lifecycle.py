@@ -55,6 +55,8 @@ READY_FD_VARIABLE = "ESRFS_READY_FD"
 _START_SECONDS = 60.0
 _LAST_READS_SECONDS = 20.0
 """After a signal, how long reads that wait may still take before they fail."""
+_LAST_CLOSE_SECONDS = 3.0
+"""And then, how long programs have to close their files."""
 _LOG_BYTES = 4 << 20
 _MNT_DETACH = 2
 _LOCAL = frozenset(("bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "tmpfs", "vfat", "xfs", "zfs"))
@@ -491,7 +493,7 @@ class Mount:
             time.sleep(0.05)
         self._filesystem.fail_waiting_reads()
         # The kernel ends the connection when the last file is closed. Who keeps one open loses it when we exit.
-        if not self._served.wait(max(1.0, deadline - time.monotonic())):
+        if not self._served.wait(_LAST_CLOSE_SECONDS):
             with self._one_end:
                 self._closing.close()
                 self._guard.end()
