@@ -3,6 +3,7 @@ here."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -61,7 +62,8 @@ def make_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeEngine]:
 def zombies_or_workers() -> list[str]:
     found = []
     for thread in os.listdir("/proc/self/task"):
-        found += Path(f"/proc/self/task/{thread}/children").read_text().split()
+        with contextlib.suppress(FileNotFoundError):  # a thread may end while we look
+            found += Path(f"/proc/self/task/{thread}/children").read_text().split()
     return found
 
 

@@ -497,10 +497,12 @@ class Filesystem:
             st = os.fstat(descriptor)
             if may_be_blob(st):
                 descriptor, view = self._as_view(descriptor, st, flags, path)
-            handle = self.handles.add((st.st_dev, st.st_ino), path, descriptor, _is_writable(flags), view)
         except BaseException:
             os.close(descriptor)
             raise
+        if view is None and not _is_writable(flags):
+            return self._opened_plainly(directory, name, path, descriptor, st)
+        handle = self.handles.add((st.st_dev, st.st_ino), path, descriptor, _is_writable(flags), view)
         try:
             claimed = self.claims.enter(handle.file.key)
             turned_plain = view is not None and handle.file.view is None
@@ -515,6 +517,23 @@ class Filesystem:
         except BaseException:
             self.handles.remove(handle.number)
             raise
+
+    def _opened_plainly(
+        self, directory: Directory, name: str, path: str, descriptor: int, st: os.stat_result
+    ) -> Opened | None:
+        """The rest of :meth:`_open_once` for what most opens are: a plain file, for reading."""
+        key = (st.st_dev, st.st_ino)
+        handle, keep, direct = self.handles.add_and_admit(key, path, descriptor, _identity(st))
+        if self.claims.enter(key):
+            try:
+                still = self._is_still(directory.number, name, st)
+            except BaseException:
+                self.handles.remove(handle.number)
+                raise
+            if not still:
+                self.handles.remove(handle.number)
+                return None
+        return Opened(handle.number, keep, direct, flushes=False)
 
     @staticmethod
     def _is_still(directory: int, name: str, st: os.stat_result) -> bool:

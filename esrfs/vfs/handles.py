@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from esrfs.vfs.view import View
@@ -70,7 +69,7 @@ class Handles:
         self._numbers = itertools.count(1)
         self._handles: dict[int, Handle] = {}
         self._files: dict[Key, OpenFile] = {}
-        self._pages: OrderedDict[str, Pages] = OrderedDict()
+        self._pages: dict[str, Pages] = {}
         self._directories: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -93,14 +92,25 @@ class Handles:
     def add(self, key: Key, path: str, descriptor: int, writable: bool, view: View | None) -> Handle:
         """A new handle; joins the open file of this inode if there is one, and then ``view`` is not used."""
         with self._lock:
-            file = self._files.get(key)
-            if file is None:
-                file = self._files[key] = OpenFile(key, path, view)
-            else:
-                file.path, file.removed = path, False
-            handle = Handle(next(self._numbers), file, descriptor, writable)
-            file.handles.add(handle)
-            self._handles[handle.number] = handle
+            return self._add(key, path, descriptor, writable, view)
+
+    def add_and_admit(
+        self, key: Key, path: str, descriptor: int, identity: tuple[int, ...]
+    ) -> tuple[Handle, bool, bool]:
+        """:meth:`add` and :meth:`admit` in one step, for the most frequent case: a plain file is opened for reading."""
+        with self._lock:
+            handle = self._add(key, path, descriptor, False, None)
+            return handle, *self._admit(handle, path, identity)
+
+    def _add(self, key: Key, path: str, descriptor: int, writable: bool, view: View | None) -> Handle:
+        file = self._files.get(key)
+        if file is None:
+            file = self._files[key] = OpenFile(key, path, view)
+        else:
+            file.path, file.removed = path, False
+        handle = Handle(next(self._numbers), file, descriptor, writable)
+        file.handles.add(handle)
+        self._handles[handle.number] = handle
         return handle
 
     def add_created(self, key: Key, path: str, descriptor: int, writable: bool) -> Handle:
@@ -192,32 +202,34 @@ class Handles:
         with the other's.
         """
         with self._lock:
-            pages = self._pages.get(path)
-            if pages is None:
-                pages = self._pages[path] = Pages(identity, handle.file, 0)
-                keep = False
-                self._drop_oldest()
-            elif pages.opens > 0:
-                if pages.file is not handle.file:
-                    return False, True
-                keep = True
-                pages.identity = identity or pages.identity
-            else:
-                keep = identity is not None and pages.identity == identity
-                pages.identity = identity
-                pages.file = handle.file
-            self._pages.move_to_end(path)
-            pages.opens += 1
-            handle.pages = pages
-            return keep, False
+            return self._admit(handle, path, identity)
+
+    def _admit(self, handle: Handle, path: str, identity: object) -> tuple[bool, bool]:
+        pages = self._pages.get(path)
+        if pages is None:
+            pages = self._pages[path] = Pages(identity, handle.file, 0)
+            keep = False
+            self._drop_oldest()
+        elif pages.opens > 0:
+            if pages.file is not handle.file:
+                return False, True
+            keep = True
+            pages.identity = identity or pages.identity
+        else:
+            keep = identity is not None and pages.identity == identity
+            pages.identity = identity
+            pages.file = handle.file
+        pages.opens += 1
+        handle.pages = pages
+        return keep, False
 
     def _drop_oldest(self) -> None:
+        """Forget about a path that was first opened long ago; the next open of it drops the kernel's pages."""
         if len(self._pages) > _MOST_PATHS:
             path, pages = next(iter(self._pages.items()))
-            if pages.opens == 0:
-                del self._pages[path]
-            else:
-                self._pages.move_to_end(path)
+            del self._pages[path]
+            if pages.opens > 0:
+                self._pages[path] = pages
 
     # Names.
 
