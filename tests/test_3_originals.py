@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import subprocess
 
 import pytest
 from msgspec import structs
@@ -191,3 +192,30 @@ def test_no_undo_window_means_purge_at_once(store):
     store.config = structs.replace(store.config, undo_days=0)
     keep(store, b"one")
     assert len(originals.purge(store).names) == 1
+
+
+def test_a_disk_without_any_room_is_helped_by_a_purge(tmp_path):
+    """The purge has to be in the ledger first, so the ledger holds room of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("this user can't mount a tmpfs")
+    try:
+        init(str(disk / "store"), undo_days=10)
+        with open_store(str(disk / "store")) as store:
+            live(store, 1)
+            path = keep(store, b"old" * 100_000)
+            live(store, FLOOR_DAYS, start=1)
+            while os.fstat(store.ledger._fd).st_size % 4096 < 4000:  # so that the next record needs another page
+                store.ledger.append(ledger.Done(job="0" * 16))
+            with open(disk / "store" / "filler", "wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+                while True:
+                    file.write(bytes(4096))
+            assert originals.purge(store, need_bytes=1).freed_bytes >= 300_000
+            assert not os.path.exists(path)
+            assert os.statvfs(disk).f_bavail > 0
+        settled = list((disk / "store" / RESERVED / "ledger" / "settled").iterdir())
+        assert sum(one.stat().st_blocks * 512 for one in settled) < ledger.RESERVED_BYTES
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

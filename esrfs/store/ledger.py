@@ -32,6 +32,8 @@ from esrfs.store import linux
 
 SETTLED = "settled"
 DAYS = "days"
+RESERVED_BYTES = 1 << 16
+"""Room that a ledger holds beyond its end, for some hundreds of records on a disk without any."""
 LEAST_UPTIME_PER_DAY = 20 * 3600.0
 """Seconds: within one boot, days are not counted faster than this, whatever the clock says."""
 
@@ -236,6 +238,9 @@ class Ledger:
             lock(self._fd)
             self.append(Opened(host=host, boot=boot, session=session, pid=os.getpid()))
             os.fsync(directory)
+            # On a full disk the undo window is to be shortened, and that has to be recorded first.
+            with contextlib.suppress(OSError):
+                linux.reserve(self._fd, RESERVED_BYTES)
         except BaseException:
             os.close(self._fd)
             with contextlib.suppress(OSError):
@@ -272,6 +277,8 @@ class Ledger:
         with self._lock:
             if self._fd < 0:
                 return
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, os.fstat(self._fd).st_size)  # lets go of what was reserved
             if not self._pending and self._failure is None:
                 with contextlib.suppress(OSError):
                     settle(self._directory, self.name)
