@@ -478,6 +478,7 @@ class Mount:
                     lease.renew()
                 elif lease.acquire():
                     log.info("%s: this mount compacts from now on", self._store.path)
+                    self._recover()  # what the one before may have left in the middle
             except OSError as error:
                 log.warning("%s: the compactor's lease: %s", self._store.path, error)
 
