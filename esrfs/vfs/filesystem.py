@@ -91,7 +91,9 @@ class Filesystem:
         errors_at_close: bool = True,
     ) -> None:
         """``on_change`` is told each path whose file came to rest after a change; ``explain`` answers ``user.esrfs.*``;
-        ``threads`` is how many callbacks can run at once: three quarters of them may wait for reconstructions."""
+        ``threads`` is how many callbacks can run at once: three quarters of them may wait for reconstructions;
+        ``errors_at_close``: the store's filesystem may tell of a failed write only at close, as those on a network do.
+        """
         self.store = store
         self._engine = engine
         self.cache = cache
@@ -171,7 +173,7 @@ class Filesystem:
         created = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode if set_ids else 0
         os.chown(name, caller.uid, -1 if inherits else caller.gid, dir_fd=directory, follow_symlinks=False)
         if set_ids:
-            os.chmod(name, stat.S_IMODE(created), dir_fd=directory)
+            _chmod(directory, name, stat.S_IMODE(created))
 
     def unlink(self, path: str) -> None:
         directory, name = self._directories.parent(self._visible(path))
@@ -309,7 +311,7 @@ class Filesystem:
 
     def chmod(self, path: str, mode: int) -> None:
         directory, name = self._directories.parent(self._visible(path))
-        os.chmod(name, mode, dir_fd=directory.number)
+        _chmod(directory.number, name, mode)
 
     def chmod_handle(self, number: int, mode: int) -> None:
         os.fchmod(self.handles.get(number).descriptor, mode)
@@ -475,7 +477,7 @@ class Filesystem:
         if (st.st_dev, st.st_ino) == file.key or file.removed:
             return None
         shown = self.attributes.size(directory.number, name, st)
-        handle = self.handles.share(file)
+        handle = self._another(file)
         if handle is None:
             return None
         try:
@@ -768,6 +770,15 @@ def _for_truncation(flags: int) -> int:
     if flags & os.O_TRUNC and not _is_writable(flags):
         return flags & ~os.O_ACCMODE | os.O_RDWR
     return flags
+
+
+def _chmod(directory: int, name: str, mode: int) -> None:
+    """chmod(2) that follows no symlink, should one have come by this name: fchmodat can't promise that."""
+    descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        os.chmod(f"/proc/self/fd/{descriptor}", mode)
+    finally:
+        os.close(descriptor)
 
 
 def _is_writable(flags: int) -> bool:

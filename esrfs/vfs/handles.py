@@ -172,20 +172,6 @@ class Handles:
         with self._lock:
             return list(self._files.values())
 
-    def share(self, file: OpenFile) -> Handle | None:
-        """A new handle for reading an open file, whatever lies under its name; None if it is not open any more.
-
-        Raises OSError."""
-        with self._lock:
-            other = next(iter(file.handles), None)
-            if other is None:
-                return None
-            descriptor = os.open(f"/proc/self/fd/{other.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-            handle = Handle(next(self._numbers), file, descriptor, False)
-            file.handles.add(handle)
-            self._handles[handle.number] = handle
-        return handle
-
     # Whose pages the kernel holds.
 
     def in_use(self, path: str) -> OpenFile | None:
