@@ -4,6 +4,7 @@ here."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import os
 import signal
@@ -41,6 +42,7 @@ def make_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeEngine]:
     """Engines with the fake handler; afterwards no process, thread or descriptor of theirs is left (as gocryptfs
     checks)."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    gc.collect()  # what other tests left behind must not be closed in the middle of this one
     before, threads_before = len(descriptors()), set(threading.enumerate())
     engines: list[Engine] = []
 
@@ -55,7 +57,7 @@ def make_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeEngine]:
         engine.close()
         assert time.monotonic() - begun < 1.5
     assert set(threading.enumerate()) <= threads_before
-    assert len(descriptors()) == before
+    assert len(descriptors()) <= before
     assert not zombies_or_workers()
 
 

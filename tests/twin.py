@@ -118,8 +118,8 @@ def _check(result: int) -> int:
 
 
 @contextlib.contextmanager
-def opened(path: Path | str | bytes, flags: int, mode: int = 0o644) -> Iterator[int]:
-    descriptor = os.open(path, flags, mode)
+def opened(path: Path | str | bytes, flags: int, mode: int = 0o644, dir_fd: int | None = None) -> Iterator[int]:
+    descriptor = os.open(path, flags, mode, dir_fd=dir_fd)
     try:
         yield descriptor
     finally:
