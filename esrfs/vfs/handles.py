@@ -168,10 +168,6 @@ class Handles:
             file.key = key
             self._files[key] = file
 
-    def all_files(self) -> list[OpenFile]:
-        with self._lock:
-            return list(self._files.values())
-
     # Whose pages the kernel holds.
 
     def in_use(self, path: str) -> OpenFile | None:
