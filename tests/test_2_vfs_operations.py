@@ -271,7 +271,9 @@ class Operations(RuleBasedStateMachine):
     @rule(name=NAMES, hide=st.booleans())
     def unlink(self, name: str, hide: bool) -> None:
         def ours() -> None:
-            if not hide or os.path.isdir(self.at(name)) or self.fs.hide(name) is None:
+            if hide and not os.path.isdir(self.at(name)):
+                self.fs.hide(name)
+            else:
                 self.fs.unlink(name)
 
         self.agree(ours, lambda: os.unlink(self.at(name)))

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,9 +72,11 @@ _FUSE_CAP_READDIRPLUS_AUTO = 1 << 14
 _FUSE_CAP_POSIX_ACL = 1 << 19
 _FUSE_CAP_DIRECT_IO_ALLOW_MMAP = 1 << 28
 """Known to libfuse 3.17 and newer."""
-_HIDDEN = re.compile(rb"(.*)/(\.fuse_hidden[0-9a-f]{8}([0-9a-f]{8}))", re.DOTALL)
-_HIDDEN_LEAP = 1000
-"""How far libfuse's numbers may be ahead: several threads delete at once."""
+_HIDDEN = re.compile(rb"(.*)/\.fuse_hidden[0-9a-f]{16}", re.DOTALL)
+_LOOKED_FOR_HIDDEN = 1 << 30
+"""A mark in the umask of libfuse's context, which is made anew for each request; no umask has this bit."""
+_FORGOTTEN_SECONDS = 10.0
+"""So long at most does libfuse take from the release of a file to the unlink of its hidden name."""
 _READDIR_PLUS = 1
 _FILL_DIR_PLUS = 2
 
@@ -155,7 +158,6 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
         self._fs = filesystem
         self._on_init = on_init
         self._hidden: dict[bytes, Hidden] = {}
-        self._last_hidden = 0
         filesystem.waits.caller_was_killed = _caller_was_killed
         super().__init__(
             SimpleNamespace(use_ns=True, **dict.fromkeys(_CALLBACKS, True)), mountpoint, foreground=True, **options
@@ -198,23 +200,36 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
         self._on_init()
 
     # What was deleted while it was open. libfuse calls it .fuse_hidden… then, in its own mind and in what it asks for.
+    # A program may rename a file of its own to such a name, too. The difference: libfuse looks within the same request
+    # whether the name is free.
+
+    def _note_look(self, path: bytes) -> None:
+        if _HIDDEN.fullmatch(path):
+            _threads.looked_for = path
+            mfusepy._libfuse.fuse_get_context().contents.umask |= _LOOKED_FOR_HIDDEN
+
+    @staticmethod
+    def _looked_in_this_request() -> bool:
+        return bool(mfusepy._libfuse.fuse_get_context().contents.umask & _LOOKED_FOR_HIDDEN)
 
     def _hide(self, old: bytes, new: bytes, flags: int) -> bool:
         """Whether this rename is libfuse's way to delete a file that is open."""
         match = _HIDDEN.fullmatch(new)
-        if match is None or flags or old.rpartition(b"/")[0] != match[1]:
+        if (
+            match is None
+            or flags
+            or old.rpartition(b"/")[0] != match[1]
+            or getattr(_threads, "looked_for", None) != new
+            or not self._looked_in_this_request()
+        ):
             return False
-        # It numbers them one by one: a program that gives such a name to a file of its own gets what it asks for.
-        number = int(match[3], 16)
-        if not self._last_hidden < number <= self._last_hidden + _HIDDEN_LEAP:
-            return False
+        _threads.looked_for = None
         hidden = self._fs.hide(_name(old))
-        if hidden is None:
-            return False
-        self._last_hidden = max(number, self._last_hidden)
-        for name in [name for name, each in list(self._hidden.items()) if each.handle not in self._fs.handles]:
-            self._hidden.pop(name, None)  # libfuse forgets those that were closed just when they were hidden
-        self._hidden[match[2]] = _threads.hidden = hidden
+        expired = time.monotonic() - _FORGOTTEN_SECONDS
+        for name, each in list(self._hidden.items()):
+            if each.handle not in self._fs.handles and each.since < expired:
+                self._hidden.pop(name, None)  # libfuse forgets those that were closed just when they were hidden
+        self._hidden[new[new.rfind(b"/") + 1 :]] = _threads.hidden = hidden
         return True
 
     def _hidden_at(self, path: bytes | None) -> Hidden | None:
@@ -229,8 +244,12 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
     def getattr_fuse_3(self, path: bytes | None, target: Any, info: Any) -> None:
         hidden = self._hidden_at(path)
         if path is not None and hidden is None:
+            if b"/.fuse_hidden" in path:
+                self._note_look(path)
             _fill(target.contents, *self._fs.stat(_name(path)))
             return
+        if hidden is not None and hidden.handle not in self._fs.handles:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
         _fill(target.contents, *self._fs.stat_handle(info.contents.fh if hidden is None else hidden.handle))
         if hidden is not None and hidden.staged is None:
             target.contents.st_nlink += 1  # libfuse takes one off, for the name that it thinks there is
@@ -266,7 +285,7 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
         try:
             self._fs.rename(_name(old), _name(new), flags)
         except OSError:
-            if replaced is not None and replaced.path == _name(new) and replaced.just_now:
+            if replaced is not None and replaced.path == _name(new) and self._looked_in_this_request():
                 self._fs.give_name_back(replaced)
             raise
 

@@ -183,20 +183,19 @@ class Filesystem:
         if view_key is not None:
             self._forget_view(view_key)
 
-    def hide(self, path: str) -> Hidden | None:
-        """Unlink a file that is open, and keep a handle of it (see ``vfs/removed.py``) as long as programs have some;
-        None, and nothing done, if it is not open here."""
+    def hide(self, path: str) -> Hidden:
+        """Unlink a file that is open, or was until just now, and keep a handle of it (see ``vfs/removed.py``) as long
+        as programs have some."""
         directory, name = self._directories.parent(self._visible(path))
         st = os.stat(name, dir_fd=directory.number, follow_symlinks=False)
+        view_key = self._view_key(directory.number, name)
         file = self.handles.file((st.st_dev, st.st_ino))
-        view_key = None if file is None else self._view_key(directory.number, name)
         handle = None if file is None else self._another(file, stands_in=True)
-        if handle is None:
-            return None
+        number = 0 if handle is None else handle.number
         try:
-            hidden = self._removed.take(path, directory.number, name, handle.number, st.st_nlink)
+            hidden = self._removed.take(path, directory.number, name, number, st.st_nlink)
         except BaseException:
-            self.release_hidden(handle.number)
+            self.release_hidden(number)
             raise
         self.handles.removed(path)
         if view_key is not None:
@@ -244,10 +243,10 @@ class Filesystem:
     def give_name_back(self, hidden: Hidden) -> None:
         """The rename that was to replace the file failed."""
         directory, name = self._directories.parent(hidden.path)
-        handle = self.handles.get(hidden.handle) if hidden.handle in self.handles else None
-        self._removed.give_back(hidden, directory.number, name, None if handle is None else handle.descriptor)
-        if handle is not None:
-            handle.file.path, handle.file.removed = hidden.path, False
+        self._removed.give_back(hidden, directory.number, name)
+        if hidden.handle in self.handles:
+            file = self.handles.get(hidden.handle).file
+            file.path, file.removed = hidden.path, False
 
     def _view_key(self, directory: int, name: str) -> str | None:
         """The cache key of the photograph whose last name this is; None for anything else."""

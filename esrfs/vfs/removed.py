@@ -6,8 +6,8 @@ for most of them (fstat, fchmod, fgetxattr, ...), and has a path for such a file
 the directory at once, as the program wished, and a handle of ours stands for the file as long as it lives.
 
 libfuse hides the target of a rename before it renames: if that second step fails, the target must have its name again.
-So what is hidden goes to staging first, and from there for good a second later. A crash within that second leaves it in
-staging, and recovery puts it aside.
+So what is hidden goes to staging first, and from there for good a second later (a file with other names keeps those,
+and a descriptor of ours). A crash within that second leaves it in staging, and recovery puts it aside.
 
 Lock: ``_changed`` protects ``_queue`` and ``_thread``; nothing is waited for under it.
 """
@@ -28,8 +28,7 @@ from esrfs.store.layout import Store
 log = logging.getLogger("esrfs.vfs")
 
 _LIFE_SECONDS = 1.0
-_AT_ONCE_SECONDS = 0.1
-"""libfuse's second step follows the first within the same request."""
+"""libfuse's second step follows the first within the same request, which may have to wait for a slow disk."""
 
 
 @dataclass(eq=False)
@@ -39,14 +38,12 @@ class Hidden:
     path: str
     """The name it had, relative to the store."""
     handle: int
-    """Stands for the file until the last program closed it."""
+    """Stands for the file until the last program closed it; 0 if it was closed already, and libfuse did not know."""
     staged: str | None
     """Its name in staging, while it has one; that is one link more than programs shall see."""
+    kept: int | None
+    """O_PATH descriptor of a file that is not in staging, while it can be given back its name."""
     since: float
-
-    @property
-    def just_now(self) -> bool:
-        return time.monotonic() - self.since < _AT_ONCE_SECONDS
 
 
 class Removed:
@@ -61,36 +58,39 @@ class Removed:
 
     def take(self, path: str, directory: int, name: str, handle: int, links: int) -> Hidden:
         """Take the name, one of ``links``, away from the file, which ``handle`` stands for. Raises OSError."""
-        staged = None
+        staged = kept = None
         if links == 1:  # else its other names keep it, and would show one link too many
             with contextlib.suppress(OSError):  # another filesystem below the store, or a full disk
                 staged = staging.take_in(self._store, directory, name)
         if staged is None:
-            os.unlink(name, dir_fd=directory)
-        hidden = Hidden(path, handle, staged, time.monotonic())
-        if staged is not None:
-            with self._changed:
-                self._queue.append(hidden)
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="esrfs-removed", daemon=True)
-                    self._thread.start()
-                self._changed.notify()
+            kept = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+            try:
+                os.unlink(name, dir_fd=directory)
+            except BaseException:
+                os.close(kept)
+                raise
+        hidden = Hidden(path, handle, staged, kept, time.monotonic())
+        with self._changed:
+            self._queue.append(hidden)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="esrfs-removed", daemon=True)
+                self._thread.start()
+            self._changed.notify()
         return hidden
 
-    def give_back(self, hidden: Hidden, directory: int, name: str, descriptor: int | None) -> None:
-        """What was to replace it did not: it gets its name again, unless somebody has that by now. ``descriptor``: of
-        the file, if it is still open."""
-        with self._changed:
-            staged, hidden.staged = hidden.staged, None
-        if staged is None:
-            with contextlib.suppress(OSError):
-                os.link(f"/proc/self/fd/{descriptor}", name, dst_dir_fd=directory, follow_symlinks=True)
-            return
+    def give_back(self, hidden: Hidden, directory: int, name: str) -> None:
+        """What was to replace it did not: it gets its name again, unless somebody has that by now."""
+        staged, kept = self._claim(hidden)
         try:
-            linux.renameat2(self._store.staging_fd, staged, directory, name, linux.RENAME_NOREPLACE)
+            if staged is not None:
+                linux.renameat2(self._store.staging_fd, staged, directory, name, linux.RENAME_NOREPLACE)
+            elif kept is not None:
+                os.link(f"/proc/self/fd/{kept}", name, dst_dir_fd=directory, follow_symlinks=True)
         except OSError as error:
             log.error("%s could not be given back its name (%s)", hidden.path, error)
-            self._forget(staged)
+            self._forget(staged, kept)
+        else:
+            self._forget(None, kept)
 
     def close(self) -> None:
         """Let go of all names at once."""
@@ -113,11 +113,20 @@ class Removed:
                     self._changed.wait(left)
                     continue
                 hidden = self._queue.popleft()
-                staged, hidden.staged = hidden.staged, None
-            if staged is not None:
-                self._forget(staged)
+            self._forget(*self._claim(hidden))
 
-    def _forget(self, staged: str) -> None:
+    def _claim(self, hidden: Hidden) -> tuple[str | None, int | None]:
+        """What holds the file, for the one who asks first."""
+        with self._changed:
+            held = hidden.staged, hidden.kept
+            hidden.staged = hidden.kept = None
+        return held
+
+    def _forget(self, staged: str | None, kept: int | None) -> None:
+        if kept is not None:
+            os.close(kept)
+        if staged is None:
+            return
         try:
             staging.remove(self._store, staged)
         except OSError as error:
