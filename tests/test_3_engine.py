@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from esrfs.compaction.outcome import Policy, Verdict
-from esrfs.engine.client import Engine, EngineError, EngineSettings, Rebuilt, Ticket
+from esrfs.engine.client import LATENCY_BOUNDS, Engine, EngineError, EngineSettings, Rebuilt, Ticket
 from esrfs.engine.protocol import Lane
 
 WEIGHTS = b"weights" * 1000
@@ -96,6 +96,17 @@ def test_values_in_values_out(make_engine: MakeEngine) -> None:
     assert rebuilt.exact
     wait_until(lambda: engine.state == "idle")
     assert engine.counters.reconstructions == 1
+
+
+def test_reconstructions_are_counted_by_how_long_was_waited_for_them(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    order(engine, "hang 0.6").wait()
+    with pytest.raises(EngineError):
+        order(engine, "fail for good").wait()
+    counters = engine.counters
+    assert len(counters.latencies) == len(LATENCY_BOUNDS) + 1
+    assert sum(counters.latencies) == sum(counters.latencies[LATENCY_BOUNDS.index(1.0) :]) == 1
+    assert 0.6 <= counters.latency_seconds < 30
 
 
 def test_compaction_and_upscale_and_networks(make_engine: MakeEngine) -> None:

@@ -15,6 +15,7 @@ spawning or waiting. ``_Worker.sending`` keeps frames whole. Neither is taken wh
 
 from __future__ import annotations
 
+import bisect
 import logging
 import os
 import socket
@@ -35,7 +36,17 @@ from esrfs.engine import lanes, protocol
 from esrfs.engine.errors import EngineError
 from esrfs.engine.protocol import ConnectionLostError, Lane
 
-__all__ = ["Counters", "Device", "Engine", "EngineError", "EngineSettings", "Rebuilt", "State", "Ticket"]
+__all__ = [
+    "LATENCY_BOUNDS",
+    "Counters",
+    "Device",
+    "Engine",
+    "EngineError",
+    "EngineSettings",
+    "Rebuilt",
+    "State",
+    "Ticket",
+]
 
 log = logging.getLogger("esrfs.engine")
 
@@ -60,6 +71,10 @@ class EngineSettings:
     """The module that does the work, in the worker; another one in tests."""
 
 
+LATENCY_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+"""Seconds: upper ends (inclusive) of the classes in which reconstructions are counted; the last class has none."""
+
+
 @dataclass(frozen=True)
 class Counters:
     reconstructions: int = 0
@@ -72,6 +87,11 @@ class Counters:
     """Jobs that ended in EngineError."""
     inexact: int = 0
     """Views that differ from the one that their recipe pins (other hardware or libraries)."""
+    latencies: tuple[int, ...] = (0,) * (len(LATENCY_BOUNDS) + 1)
+    """Views that were rebuilt, by the time from the first request to the answer: one number for each class of
+    LATENCY_BOUNDS, not cumulative."""
+    latency_seconds: float = 0.0
+    """The sum of those times."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +120,7 @@ class _Job:
         self.lanes: list[Lane] = []  # one for each ticket
         self.tries = 0
         self.worker: _Worker | None = None
+        self.asked_at = time.monotonic()
         self.sent_at = 0.0
         self.done = threading.Event()
         self.result: object = None
@@ -388,14 +409,24 @@ class Engine:
                 return
             if error is not None and not job.done.is_set():
                 self._count("failures")
-            if isinstance(result, Rebuilt) and not result.exact:
-                self._count("inexact")
+            if isinstance(result, Rebuilt):
+                if not job.done.is_set():  # else nobody waits for it any more
+                    self._count_latency(time.monotonic() - job.asked_at)
+                if not result.exact:
+                    self._count("inexact")
             self._settle(job, result=result, error=error)
             self._changed.notify_all()
 
     def _count(self, counter: str) -> None:
         """[lock]"""
         self._counters = replace(self._counters, **{counter: getattr(self._counters, counter) + 1})
+
+    def _count_latency(self, seconds: float) -> None:
+        """[lock]"""
+        latencies = list(self._counters.latencies)
+        latencies[bisect.bisect_left(LATENCY_BOUNDS, seconds)] += 1
+        total = self._counters.latency_seconds + seconds
+        self._counters = replace(self._counters, latencies=tuple(latencies), latency_seconds=total)
 
     # The dispatcher's thread.
 

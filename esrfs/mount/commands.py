@@ -11,7 +11,7 @@ import msgspec
 
 from esrfs.blob.recipe import Recipe
 from esrfs.control import ControlError, Emit, Handler
-from esrfs.engine.client import Engine
+from esrfs.engine.client import LATENCY_BOUNDS, Engine
 from esrfs.exit_codes import ExitCode
 from esrfs.store.beneath import beneath
 from esrfs.store.catalog import Catalog
@@ -54,6 +54,11 @@ def handlers(
             "engine_restarts": counters.restarts,
             "engine_failures": counters.failures,
             "engine_inexact": counters.inexact,
+            "engine_latency": {
+                "bounds": list(LATENCY_BOUNDS),
+                "counts": list(counters.latencies),
+                "seconds": counters.latency_seconds,
+            },
             "engine_state": engine.state,
             "compaction": compaction_state(),
             "queued": scheduler.pending,
