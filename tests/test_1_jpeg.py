@@ -113,16 +113,31 @@ def test_much_fill_stays_within_36_segments() -> None:
 
 @pytest.mark.parametrize("count", [*range(10, 30), 65535, 65536, 65537, *range(65538, 65560), 65537 * 36])
 def test_fill_is_exact(count: int) -> None:
-    spans = jpeg._fill(count)
+    assert set(_said(jpeg._fill(count, b""), count)) <= {0}
+
+
+@pytest.mark.parametrize("count", [10, 41, 42, 43, 500, 65537, 65538, 200_000])
+@pytest.mark.parametrize("length", [32, 33, 458, 65527, 65528, 100_000])
+def test_fill_says_all_of_a_note_or_its_reference_or_nothing(count: int, length: int) -> None:
+    note = np.random.default_rng(1).bytes(length)
+    said = _said(jpeg._fill(count, note), count)
+    expected = note if len(note) <= len(said) else note[:32] if len(said) >= 32 else b""
+    assert said == expected.ljust(len(said), b"\0")
+
+
+def _said(spans: list[recipe.Span], count: int) -> bytes:
+    """What is in the segments of ``count`` bytes of fill."""
     data = recipe.expand(spans)
     assert len(data) == count
-    offset = 0
+    said, offset = b"", 0
     while offset < count:
         assert data[offset : offset + 2] == b"\xff\xed"
         length = int.from_bytes(data[offset + 2 : offset + 4], "big")
         assert data[offset + 4 : offset + 10] == b"esrfs\0"
+        said += data[offset + 10 : offset + 2 + length]
         offset += 2 + length
     assert offset == count
+    return said
 
 
 def test_scan_is_reproduced_from_the_coding() -> None:

@@ -110,7 +110,7 @@ def test_a_reconstruction_that_needs_more_is_softened_into_the_same_length() -> 
 
 @pytest.mark.parametrize("count", [0, 12, 13, 1 << 20, *range((1 << 20) + 8, (1 << 20) + 30), 5 << 20])
 def test_fill_is_exact(count: int) -> None:
-    data = recipe.expand(png._fill(count))
+    data = recipe.expand(png._fill(count, b""))
     assert len(data) == count
     chunks = png._chunks(b"\x89PNG\r\n\x1a\n" + data + chunk(b"IEND"))
     assert all(part.kind == b"esRF" and not any(part.data) for part in chunks[:-1])

@@ -164,3 +164,48 @@ def test_decode_cuts_to_eight_bits_and_limits_pixels() -> None:
     assert formats.decode(out.getvalue(), LIMIT)[0, 0, 0] == 0x80
     with pytest.raises(formats.Unsupported, match="megapixels"):
         formats.decode(FILES[0], 0.001)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    kind=st.sampled_from(["JPEG", "PNG"]),
+    side=st.integers(64, 200),
+    extra=st.integers(0, 70_000),
+    length=st.sampled_from([32, 33, 1000, 66_000]),
+)
+def test_a_note_changes_nothing_but_fill(kind: str, side: int, extra: int, length: int) -> None:
+    """The scan is as without it; what the note is made of is just what is in the view."""
+    image = made_picture(side, side, "RGB", side, 20)
+    out = io.BytesIO()
+    image.save(out, kind, **({"quality": 95, "comment": bytes(extra)[:65000]} if kind == "JPEG" else {}))
+    original = out.getvalue()
+    split = formats.split(original, LIMIT)
+    seen: list[bytes] = []
+
+    def note(coding: recipe.Coding, scan: bytes) -> bytes:
+        seen.append(scan)
+        return np.random.default_rng(3).integers(1, 256, length, dtype=np.uint8).tobytes()
+
+    try:
+        plain = formats.fit_view(split, rebuilt(split.pixels()))
+    except formats.DoesNotFit:
+        return
+    noted = formats.fit_view(split, rebuilt(split.pixels()), note)
+    assert (noted.scan, noted.coding) == (plain.scan, plain.coding)
+    assert len(noted.expand()) == len(plain.expand())
+    moved = recipe.length(noted.prefix) - recipe.length(plain.prefix)
+    assert moved in ((0, 42) if kind == "JPEG" else (0,))
+    if kind == "JPEG":
+        assert seen[-1].rstrip(b"\xff") == noted.scan.rstrip(b"\xff")
+    else:
+        assert seen[-1] == noted.scan
+    assert np.array_equal(formats.decode(noted.expand(), LIMIT), formats.decode(plain.expand(), LIMIT))
+    before, after = (np.frombuffer(view.expand(), np.uint8) for view in (plain, noted))
+    changed = np.flatnonzero(before != after)
+    if kind == "JPEG" and len(changed) and not moved:
+        assert not before[changed].any()
+        text = noted.expand()
+        assert text.index(b"esrfs\0") <= changed[0]
+        assert note(noted.coding, b"")[:32] in text
+    if moved:
+        assert note(noted.coding, b"")[:32] in noted.expand()

@@ -19,6 +19,7 @@ from PIL import Image
 
 from esrfs import formats, reconstruction
 from esrfs.blob import recipe as recipe_format
+from esrfs.blob import reference
 from esrfs.blob.recipe import Recipe
 from esrfs.compaction import compactor, gate
 from esrfs.compaction.compactor import NetworkRef
@@ -210,6 +211,22 @@ def test_without_a_network() -> None:
     outcome = compactor.compact(original, Policy(), None, infer)
     assert outcome.verdict == Verdict.COMPACTED
     assert recipe_format.decode(outcome.recipe).network_sha256 == b""
+
+
+def test_a_reference_is_in_the_view_and_in_the_recipe() -> None:
+    key = reference.key_of(bytes(32))
+    original = PICTURES["jpeg 4:2:0"]() + bytes(4096)
+    plain = recipe_format.decode(compactor.compact(original, Policy(), None, infer).recipe)
+    outcome = compactor.compact(original, Policy(), None, infer, reference_key=key)
+    recipe = recipe_format.decode(outcome.recipe)
+    view = reconstruction.rebuild(recipe, outcome.avif, infer)
+    assert hashlib.sha256(view).digest() == recipe.sha256_view
+    start = recipe_format.length(recipe.prefix)
+    assert recipe.reference == reference.reference(key, view[start : start + recipe.scan_length])
+    assert b"esrfs\0" + recipe.reference in view[:start]
+    assert plain.reference == b""
+    assert plain.sha256_view != recipe.sha256_view
+    assert recipe_format.length(plain.prefix) == start
 
 
 def test_a_checkpoint_ends_it() -> None:

@@ -101,6 +101,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     scores: Scores
     created_by: str
     """``esrfs 0.1.0``."""
+    reference: bytes = b""
+    """What the view's fill says of its blob, where there is room (``reference.py``), 32 bytes; empty in the first
+    blobs of format 1."""
 
 
 def length(spans: list[Span]) -> int:

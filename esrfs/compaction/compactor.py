@@ -21,7 +21,8 @@ from PIL import Image
 
 from esrfs import __version__, formats, reconstruction
 from esrfs.blob import recipe as recipe_format
-from esrfs.blob.recipe import Recipe, Scores
+from esrfs.blob.recipe import Coding, Recipe, Scores
+from esrfs.blob.reference import reference
 from esrfs.compaction import gate, planner
 from esrfs.compaction.outcome import Outcome, Policy, Reason, Verdict
 from esrfs.compaction.planner import Trial
@@ -111,8 +112,11 @@ def compact(
     network: NetworkRef | None,
     infer: Infer,
     checkpoint: Callable[[], None] = lambda: None,
+    *,
+    reference_key: bytes = b"",
 ) -> Outcome:
-    """Try to make a blob of ``original``. ``checkpoint`` is called between steps, and may raise to end it.
+    """Try to make a blob of ``original``. ``checkpoint`` is called between steps, and may raise to end it;
+    ``reference_key`` (``blob/reference.py``) is the store's, 32 bytes, or empty: then the view refers to nothing.
 
     Files that can't be compacted are a verdict. Raises ValueError for an unknown preset, and what ``infer`` and
     ``checkpoint`` raise.
@@ -132,7 +136,7 @@ def compact(
     ways = [_Way(1)]
     if network is not None:
         ways.append(_Way(network.scale, network.sha256, network.name))
-    return _Compaction(original, policy, wanted, split, _Picture(colour), infer, checkpoint).run(ways)
+    return _Compaction(original, policy, wanted, split, _Picture(colour), infer, checkpoint, reference_key).run(ways)
 
 
 @dataclass
@@ -144,6 +148,7 @@ class _Compaction:
     picture: _Picture
     infer: Infer
     checkpoint: Callable[[], None]
+    reference_key: bytes
     best_score: float | None = None
     _attempts: dict[tuple[_Way, int], _Attempt] = field(default_factory=dict)
 
@@ -218,7 +223,7 @@ class _Compaction:
         avif = self._attempts[way, level].avif
         pixels = self._enlarge(self.picture, way, avif)
         self.checkpoint()
-        fitted = formats.fit_view(self.split, pixels)
+        fitted = formats.fit_view(self.split, pixels, self._note_for_fill)
         view = fitted.expand()
         self.checkpoint()
         scores = self._measure(self._decode(view))
@@ -243,6 +248,7 @@ class _Compaction:
             encoder=fitted.encoder,
             scores=scores,
             created_by=f"esrfs {__version__}",
+            reference=self._reference(fitted.scan),
         )
         again = formats.encode_scan(fitted.coding, width, height, pixels, recipe.scan_length)
         if again != fitted.scan or len(view) != len(self.original):
@@ -288,6 +294,12 @@ class _Compaction:
     def _measure(self, view: Pixels) -> Scores:
         self.checkpoint()
         return gate.measure(self.picture.reference, self.picture.pixels, np.ascontiguousarray(view))
+
+    def _reference(self, scan: bytes) -> bytes:
+        return reference(self.reference_key, scan) if self.reference_key else b""
+
+    def _note_for_fill(self, coding: Coding, scan: bytes) -> bytes:
+        return self._reference(scan)
 
     def _note(self, scores: Scores) -> None:
         self.best_score = max(self.best_score if self.best_score is not None else -math.inf, scores.ssimulacra2)

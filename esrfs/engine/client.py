@@ -244,13 +244,17 @@ class Engine:
         )
 
     def compact_ticket(
-        self, original: bytes, policy: Policy, network_sha256: bytes, network_name: str
+        self, original: bytes, policy: Policy, network_sha256: bytes, network_name: str, reference_key: bytes = b""
     ) -> Ticket[Outcome]:
-        """Begin a compaction; see :meth:`compact`."""
+        """Begin a compaction; see :meth:`compact`. ``reference_key``: the store's (``blob/reference.py``)."""
 
         def prepare(number: int, lane: Lane) -> _Values:
             request = protocol.Compact(
-                job=number, policy=policy, network_name=network_name, network_sha256=network_sha256
+                job=number,
+                policy=policy,
+                network_name=network_name,
+                network_sha256=network_sha256,
+                reference_key=reference_key,
             )
             return request, original
 

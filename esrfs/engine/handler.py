@@ -75,7 +75,14 @@ class NetworkHandler:
             if request.network_sha256:
                 scale = self._network(request.network_sha256).scale
                 network = NetworkRef(request.network_name, request.network_sha256, scale)
-            return compactor.compact(original, request.policy, network, self._infer(job), job.checkpoint)
+            return compactor.compact(
+                original,
+                request.policy,
+                network,
+                self._infer(job),
+                job.checkpoint,
+                reference_key=request.reference_key,
+            )
         except (Cancelled, JobFailedError, DeviceFailedError):
             raise
         except Exception as error:

@@ -58,6 +58,8 @@ class Compact(msgspec.Struct, frozen=True, tag="compact"):
     network_name: str
     network_sha256: bytes
     """Empty: no network, scale 1 only."""
+    reference_key: bytes = b""
+    """Of the store, for the references in views (``blob/reference.py``); empty: none."""
 
 
 class Upscale(msgspec.Struct, frozen=True, tag="upscale"):

@@ -13,11 +13,12 @@ from __future__ import annotations
 from esrfs.blob.recipe import JpegCoding, PngCoding
 from esrfs.compaction.outcome import Reason
 from esrfs.formats.identify import identify
-from esrfs.formats.view import DoesNotFit, FittedView, Pixels, Split, Unsupported
+from esrfs.formats.view import DoesNotFit, FittedView, Note, Pixels, Split, Unsupported, no_note
 
 __all__ = [
     "DoesNotFit",
     "FittedView",
+    "Note",
     "Pixels",
     "Split",
     "Unsupported",
@@ -25,6 +26,7 @@ __all__ = [
     "encode_scan",
     "fit_view",
     "identify",
+    "no_note",
     "split",
 ]
 
@@ -54,13 +56,13 @@ def split(data: bytes, max_megapixels: float) -> Split:
     )
 
 
-def fit_view(split: Split, pixels: Pixels) -> FittedView:
+def fit_view(split: Split, pixels: Pixels, note: Note = no_note) -> FittedView:
     """Encode ``pixels`` (uint8, height × width [× 1 or 3; alpha is taken from the original]) as a view of exactly the
-    original's size: its envelope verbatim, the rest filled.
+    original's size: its envelope verbatim, the rest filled. ``note`` tells what the fill says.
 
     Raises DoesNotFit when no allowed setting gets it into that size, ValueError for pixels of another shape.
     """
-    return split.fit(pixels)
+    return split.fit(pixels, note)
 
 
 def encode_scan(coding: JpegCoding | PngCoding, width: int, height: int, pixels: Pixels, length: int) -> bytes:

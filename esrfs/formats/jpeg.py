@@ -8,7 +8,8 @@ A view, byte for byte::
         before an APPn or COM segment: those must not move, since exiftool prints offsets in them and MPF counts from
         its own place. There a DHT stays (ours, later, replaces it) and a DRI stays with its interval set to 0.
     DHT     the standard tables of ITU-T T.81, annex K, which have a code for every symbol
-    APP13   "esrfs\\0" and zeros: fill, 0 to 36 segments; readers ignore it there, and the scan gets a round offset
+    APP13   "esrfs\\0", then the note (a reference to the blob, and what ``view.Note`` says) over as many segments as it
+            takes, then zeros: fill, 0 to 36 segments; readers ignore it there, and the scan gets a round offset
     SOS     with the original's component numbers
     scan    pinned length: entropy-coded data, then FF bytes (fill before a marker), a little for later differences
     FF      fill up to where the original's EOI is, 8 KiB or more where there is room
@@ -25,11 +26,12 @@ import PIL
 from PIL import Image, features
 
 from esrfs.blob.recipe import JpegCoding, Literal, Run, Span
+from esrfs.blob.reference import REFERENCE_BYTES
 from esrfs.formats import jpeg_parse
 from esrfs.formats.jpeg_decode import intact_pixels
 from esrfs.formats.jpeg_parse import DHT, DQT, DRI, Structure
 from esrfs.formats.pixels import as_image, check_dimensions, softened
-from esrfs.formats.view import TAIL_BYTES, DoesNotFit, FittedView, Pixels, front_fill, joined
+from esrfs.formats.view import TAIL_BYTES, DoesNotFit, FittedView, Note, Pixels, front_fill, joined, no_note, noted
 
 COARSER = (1.0, 1.08, 1.17, 1.27, 1.38, 1.5)
 """Factors on the quantisation that are tried in this order until the view fits."""
@@ -142,8 +144,8 @@ class JpegSplit:
     def pixels(self) -> Pixels:
         return intact_pixels(self.data, self.structure)
 
-    def fit(self, pixels: Pixels) -> FittedView:
-        return _fit(self, pixels)
+    def fit(self, pixels: Pixels, note: Note = no_note) -> FittedView:
+        return _fit(self, pixels, note)
 
 
 def split(data: bytes, max_megapixels: float) -> JpegSplit:
@@ -167,7 +169,7 @@ def encoder() -> str:
     return f"pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo') or features.version('jpg')}"
 
 
-def _fit(split: JpegSplit, pixels: Pixels) -> FittedView:
+def _fit(split: JpegSplit, pixels: Pixels, note: Note) -> FittedView:
     structure = split.structure
     image = as_image(pixels, structure.width, structure.height, structure.mode)
     over = 0
@@ -177,38 +179,43 @@ def _fit(split: JpegSplit, pixels: Pixels) -> FittedView:
         scan = _scan(coding, image)
         free = structure.eoi - len(tables) - len(_scan_header(structure)) - len(scan)
         if free >= 0:
-            return _lay_out(split, coding, tables, scan, free)
+            return _lay_out(split, coding, tables, scan, free, note(coding, scan))
         over = -free
     raise DoesNotFit(
         f"the rebuilt picture is {over} bytes too long, even quantised {COARSER[-1]:g} times more coarsely"
     )
 
 
-def _lay_out(split: JpegSplit, coding: JpegCoding, tables: bytes, scan: bytes, free: int) -> FittedView:
+def _lay_out(  # noqa: PLR0917
+    split: JpegSplit, coding: JpegCoding, tables: bytes, scan: bytes, free: int, note: bytes
+) -> FittedView:
     header = _scan_header(split.structure)
     slack = min(free, len(scan) // 64 + 64)
     tail = min(free - slack, TAIL_BYTES)
     front = front_fill(len(tables) + len(header), free - slack - tail, _FILL_SMALLEST, _FILL_SEGMENTS * _FILL_LARGEST)
+    if not front and note and free - slack >= _FILL_SMALLEST + REFERENCE_BYTES:
+        front = _FILL_SMALLEST + REFERENCE_BYTES
     tail = free - slack - front
     return FittedView(
         coding=coding,
-        prefix=joined([Literal(tables), *_fill(front), Literal(header)]),
+        prefix=joined([Literal(tables), *_fill(front, note), Literal(header)]),
         scan=scan + b"\xff" * slack,
         suffix=joined([Run(0xFF, tail), Literal(split.data[split.structure.eoi :])]),
         encoder=encoder(),
     )
 
 
-def _fill(count: int) -> list[Span]:
+def _fill(count: int, note: bytes) -> list[Span]:
+    note = noted(note, count - -(-count // _FILL_LARGEST) * _FILL_SMALLEST)
     spans: list[Span] = []
     while count:
         size = min(count, _FILL_LARGEST)
         if 0 < count - size < _FILL_SMALLEST:
             size -= _FILL_SMALLEST
-        spans += [
-            Literal(_FILL_HEADER[:2] + struct.pack(">H", size - 2) + _FILL_HEADER[4:]),
-            Run(0, size - _FILL_SMALLEST),
-        ]
+        room = size - _FILL_SMALLEST
+        said, note = note[:room], note[room:]
+        header = _FILL_HEADER[:2] + struct.pack(">H", size - 2) + _FILL_HEADER[4:]
+        spans += [Literal(header + said), Run(0, room - len(said))]
         count -= size
     return spans
 

@@ -3,12 +3,13 @@
 A view, byte for byte::
 
     signature and the chunks before IDAT   verbatim
-    esRF    fill: chunks of zeros, 1 MiB or less each; private, ancillary, not safe to copy (an editor drops them)
+    esRF    fill: the note (a reference to the blob, and what ``view.Note`` says) and zeros, in chunks of 1 MiB or less;
+            private, ancillary, not safe to copy (an editor drops them)
     IDAT    the header of one chunk, whose length is pinned: programs that list chunks, or look for the first pixels,
             need no network
     scan    that chunk's data, a zlib stream with as many empty deflate blocks at its beginning as make its length the
             pinned one, and its checksum
-    esRF    fill
+    esRF    fill; with the note if there was no room for it before
     the chunks after IDAT, IEND, and all that follows, verbatim and at their offset
 """
 
@@ -26,7 +27,18 @@ from PIL import Image, features
 from esrfs.blob.recipe import Literal, PngCoding, Run, Span
 from esrfs.compaction.outcome import Reason
 from esrfs.formats.pixels import DECODE_ERRORS, as_array, as_image, check_dimensions, softened
-from esrfs.formats.view import TAIL_BYTES, DoesNotFit, FittedView, Pixels, Unsupported, front_fill, joined
+from esrfs.formats.view import (
+    TAIL_BYTES,
+    DoesNotFit,
+    FittedView,
+    Note,
+    Pixels,
+    Unsupported,
+    front_fill,
+    joined,
+    no_note,
+    noted,
+)
 
 LEVELS = (3, 6, 9)
 """zlib levels that are tried in this order until the view fits: its size is given, so the fastest is the best."""
@@ -84,8 +96,8 @@ class PngSplit:
         parts = (_chunk(b"IHDR", header), _chunk(b"IDAT", self.stream), _chunk(b"IEND", b""))
         return _decoded(_SIGNATURE + b"".join(parts))
 
-    def fit(self, pixels: Pixels) -> FittedView:
-        return _fit(self, pixels)
+    def fit(self, pixels: Pixels, note: Note = no_note) -> FittedView:
+        return _fit(self, pixels, note)
 
 
 def split(data: bytes, max_megapixels: float) -> PngSplit:
@@ -143,7 +155,7 @@ def encoder() -> str:
     return f"pillow {PIL.__version__}, {f'zlib-ng {zlib_ng}' if zlib_ng else 'zlib ' + str(features.version('zlib'))}"
 
 
-def _fit(split: PngSplit, pixels: Pixels) -> FittedView:
+def _fit(split: PngSplit, pixels: Pixels, note: Note) -> FittedView:
     base = as_image(pixels, split.width, split.height, _colour_mode(split.mode))
     alpha = b""
     if split.mode in ("LA", "RGBA"):
@@ -154,13 +166,13 @@ def _fit(split: PngSplit, pixels: Pixels) -> FittedView:
         stream = _stream(coding, base, _alpha_image(coding, split.width, split.height))
         free = split.scan_end - split.scan_start - _CHUNK - len(stream)
         if _can_pad(free) and split.scan_end - split.scan_start < _LONGEST:
-            return _lay_out(split, coding, stream, free)
+            return _lay_out(split, coding, stream, free, note)
     if free > 0:
         raise DoesNotFit(f"{free} bytes are left, which no fill takes")
     raise DoesNotFit(f"the rebuilt picture is {-free} bytes too long for the original's size")
 
 
-def _lay_out(split: PngSplit, coding: PngCoding, stream: bytes, free: int) -> FittedView:
+def _lay_out(split: PngSplit, coding: PngCoding, stream: bytes, free: int, note: Note) -> FittedView:
     slack = min(free, max(_SLACK, len(stream) // 64))
     if free - slack < _CHUNK:
         slack = free
@@ -168,25 +180,37 @@ def _lay_out(split: PngSplit, coding: PngCoding, stream: bytes, free: int) -> Fi
     front = front_fill(split.scan_start + _CHUNK_HEADER, free - slack - tail, _CHUNK, free)
     tail = free - slack - front
     header = struct.pack(">I", len(stream) + slack) + b"IDAT"
+    scan = _padded(stream, slack)
+    wanted = note(coding, scan)
+    in_front = noted(wanted, _fill_room(front))
+    behind = b"" if in_front else noted(wanted, _fill_room(tail))
     return FittedView(
         coding=coding,
-        prefix=joined([Literal(split.data[: split.scan_start]), *_fill(front), Literal(header)]),
-        scan=_padded(stream, slack),
-        suffix=joined([*_fill(tail), Literal(split.data[split.scan_end :])]),
+        prefix=joined([Literal(split.data[: split.scan_start]), *_fill(front, in_front), Literal(header)]),
+        scan=scan,
+        suffix=joined([*_fill(tail, behind), Literal(split.data[split.scan_end :])]),
         encoder=encoder(),
     )
 
 
-def _fill(count: int) -> list[Span]:
+def _fill_room(count: int) -> int:
+    """Bytes of data in ``count`` bytes of fill."""
+    return count - -(-count // (_CHUNK + _FILL_DATA)) * _CHUNK
+
+
+def _fill(count: int, note: bytes) -> list[Span]:
     """``count`` bytes of esRF chunks; 0, or at least 12."""
     spans: list[Span] = []
     while count:
         size = min(count, _CHUNK + _FILL_DATA)
         if 0 < count - size < _CHUNK:
             size -= _CHUNK
-        zeros = size - _CHUNK
-        checksum = zlib.crc32(_FILL + bytes(zeros))
-        spans += [Literal(struct.pack(">I", zeros) + _FILL), Run(0, zeros), Literal(struct.pack(">I", checksum))]
+        room = size - _CHUNK
+        said, note = note[:room], note[room:]
+        zeros = room - len(said)
+        checksum = zlib.crc32(b"".join((_FILL, said, bytes(zeros))))
+        head, end = struct.pack(">I", room) + _FILL + said, struct.pack(">I", checksum)
+        spans += [Literal(head), Run(0, zeros), Literal(end)]
         count -= size
     return spans
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from esrfs.blob import recipe
-from esrfs.blob.recipe import JpegCoding, Literal, PngCoding, Run, Span
+from esrfs.blob.recipe import Coding, JpegCoding, Literal, PngCoding, Run, Span
+from esrfs.blob.reference import REFERENCE_BYTES
 from esrfs.compaction.outcome import Reason
 
 if TYPE_CHECKING:
@@ -22,6 +24,23 @@ SCAN_ALIGNMENTS = (65536, 4096)
 without a network, and programs read files in such blocks."""
 TAIL_BYTES = 8192
 """Fill after the scan, where there is room: programs that look at a file's end read that much."""
+
+Note = Callable[[Coding, bytes], bytes]
+"""(how the pixels are coded, the scan) → what the fill shall say: nothing, or a reference (``blob/reference.py``), or a
+reference and after it the whole blob. A format without fill, or without room in it, leaves it out (``noted``)."""
+
+
+def no_note(coding: Coding, scan: bytes) -> bytes:
+    """The fill says nothing."""
+    return b""
+
+
+def noted(note: bytes, room: int) -> bytes:
+    """As much of ``note`` as is put into fill with ``room`` for so many bytes: all of it, or its reference, or
+    nothing."""
+    if len(note) <= room:
+        return note
+    return note[:REFERENCE_BYTES] if room >= REFERENCE_BYTES else b""
 
 
 class Unsupported(Exception):  # noqa: N818
@@ -78,7 +97,7 @@ class Split(Protocol):
         """
         ...
 
-    def fit(self, pixels: Pixels) -> FittedView:
+    def fit(self, pixels: Pixels, note: Note = no_note) -> FittedView:
         """See ``formats.fit_view``."""
         ...
 

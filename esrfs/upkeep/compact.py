@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from esrfs import faults
-from esrfs.blob import container
+from esrfs.blob import container, reference
 from esrfs.blob.recipe import decode
 from esrfs.compaction.outcome import Outcome, Reason, Verdict
 from esrfs.engine.client import Engine
@@ -227,7 +227,8 @@ def _ask_engine(workshop: Workshop, original: bytes, claim: Claim) -> Outcome | 
     policy = workshop.store.config.policy
     # The store keeps a copy of each network that a recipe names.
     network = workshop.store.keep_network(registry.find(policy.network).read_bytes())
-    ticket = workshop.engine.compact_ticket(original, policy, network, policy.network)
+    key = reference.key_of(workshop.store.config.key_bytes)
+    ticket = workshop.engine.compact_ticket(original, policy, network, policy.network, key)
     try:
         while not ticket.done:
             if claim.interrupted:
