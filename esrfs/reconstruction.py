@@ -16,7 +16,8 @@ from PIL import Image
 
 from esrfs import formats
 from esrfs.blob import recipe as recipe_format
-from esrfs.blob.recipe import JpegCoding, Recipe, Verbatim
+from esrfs.blob.recipe import Recipe, Verbatim
+from esrfs.formats import kinds
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -70,7 +71,7 @@ def rebuild(recipe: Recipe, avif: bytes, infer: Infer) -> bytes:
     try:
         scan = formats.encode_scan(recipe.coding, recipe.width, recipe.height, pixels, recipe.scan_length)
     except (formats.DoesNotFit, ValueError) as error:
-        kind = "JPEG" if isinstance(recipe.coding, JpegCoding) else "PNG"
+        kind = kinds.COMPACTED[recipe_format.kind_of(recipe.coding)]
         raise ReconstructionError(
             f"the rebuilt picture can't be written as the {kind} that was promised: {error}"
         ) from error

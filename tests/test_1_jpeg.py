@@ -238,8 +238,8 @@ def damaged_files() -> Iterator[tuple[str, bytes, Reason]]:
     yield "end-of-image", good[: len(good) // 2], Reason.UNSUPPORTED_KIND
     yield "longer than the file", good[:300], Reason.BROKEN
     yield "before its pixels", good[:20], Reason.BROKEN
-    yield "too early", good[: len(good) // 2].rstrip(b"\xff") + b"\xff\xd9", Reason.BROKEN
-    yield "more data", good[:-2] + b"\x12\x34" * 20 + b"\xff\xd9", Reason.BROKEN
+    yield "premature end", good[: len(good) // 2].rstrip(b"\xff") + b"\xff\xd9", Reason.BROKEN
+    yield "extraneous bytes", good[:-2] + b"\x12\x34" * 20 + b"\xff\xd9", Reason.BROKEN
     yield "restart markers", good[: scan + 500] + b"\x11\xff\xd0" + good[scan + 500 :], Reason.BROKEN
     yield "belong to none", good[:20] + b"\0\0" + good[20:], Reason.BROKEN
     yield "12 bits", good[: frame + 4] + b"\x0c" + good[frame + 5 :], Reason.UNSUPPORTED_KIND
@@ -265,7 +265,22 @@ def test_restart_intervals_that_are_cut_are_noticed() -> None:
     data = jpeg_bytes(restart_marker_rows=1)
     formats.split(data, LIMIT).pixels()
     marker = data.index(b"\xff\xd3", jpeg_parse.parse(data).scan_start)
-    assert "too early" in refusal(data[: marker - 40].rstrip(b"\xff") + data[marker:]).message
+    assert "premature end" in refusal(data[: marker - 40].rstrip(b"\xff") + data[marker:]).message
+
+
+def test_restart_intervals_with_too_much_are_noticed() -> None:
+    data = jpeg_bytes(restart_marker_rows=1)
+    marker = data.index(b"\xff\xd3", jpeg_parse.parse(data).scan_start)
+    assert "extraneous bytes" in refusal(data[:marker] + b"\x12\x34" * 20 + data[marker:]).message
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_interval_that_was_overwritten_is_noticed(seed: int) -> None:
+    """A sector of zeros in the middle of a file of a failing disk or card."""
+    data = jpeg_bytes(picture(640, 480), restart_marker_rows=1)
+    start = jpeg_parse.parse(data).scan_start
+    offset = int(np.random.default_rng(seed).integers(start, len(data) - 600))
+    assert refusal(data[:offset] + bytes(512) + data[offset + 512 :]).reason is Reason.BROKEN
 
 
 def test_the_last_blocks_may_be_white() -> None:

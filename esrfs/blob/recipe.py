@@ -59,7 +59,8 @@ class Verbatim(msgspec.Struct, frozen=True, tag="verbatim"):
     photograph."""
 
 
-Coding = JpegCoding | PngCoding | Verbatim
+PictureCoding = JpegCoding | PngCoding
+Coding = PictureCoding | Verbatim
 
 
 class Scores(msgspec.Struct, frozen=True):
@@ -104,6 +105,11 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     reference: bytes = b""
     """What the view's fill says of its blob, where there is room (``reference.py``), 32 bytes; empty in the first
     blobs of format 1."""
+
+
+def kind_of(coding: Coding) -> str:
+    """The coding's tag; of a picture's, its kind as ``formats.kinds`` lists it."""
+    return str(coding.__struct_config__.tag)
 
 
 def length(spans: list[Span]) -> int:

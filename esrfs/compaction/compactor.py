@@ -281,8 +281,8 @@ class _Compaction:
         return reconstruction.enlarge(plan, reconstruction.decode_small(plan, avif), self.infer)
 
     def _as_viewed(self, pixels: Pixels) -> Pixels:
-        """What decoders will make of the view. A PNG gives back what was put in, so it is only made in the end."""
-        if self.split.kind == "png":
+        """What decoders will make of the view. Where that is what was put in, it is only made in the end."""
+        if self.split.lossless:
             return pixels
         self.checkpoint()
         return self._decode(formats.fit_view(self.split, pixels).expand())

@@ -39,7 +39,7 @@ class Reason(enum.StrEnum):
 
     NOT_A_PICTURE = "not_a_picture"
     UNSUPPORTED_KIND = "unsupported_kind"
-    """A picture, but of a kind or with a feature that is passed through (progressive, CMYK, 16 bit, animation …)."""
+    """A picture, but of a kind or with a feature that is passed through (CMYK, 16 bit, animation …)."""
     SIGNED = "signed"
     """Signed over its pixels (C2PA/JUMBF, caBX)."""
     BROKEN = "broken"
@@ -66,7 +66,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     recipe: bytes = b""
     avif: bytes = b""
     kind: str = ""
-    """``jpeg``, ``png``, or what the content was recognised as; empty if not."""
+    """One of ``formats.kinds.COMPACTED``, or what the content was recognised as; empty if not."""
     width: int = 0
     height: int = 0
     score: float | None = None

@@ -10,8 +10,11 @@ the exceptions; the other functions import them when first called.
 
 from __future__ import annotations
 
-from esrfs.blob.recipe import JpegCoding, PngCoding
+from typing import Any, Protocol
+
+from esrfs.blob.recipe import PictureCoding, kind_of
 from esrfs.compaction.outcome import Reason
+from esrfs.formats import kinds
 from esrfs.formats.identify import identify
 from esrfs.formats.view import DoesNotFit, FittedView, Note, Pixels, Split, Unsupported, no_note
 
@@ -30,7 +33,13 @@ __all__ = [
     "split",
 ]
 
-_SUPPORTED = ("jpeg", "png")
+
+class _Kind(Protocol):
+    """What the module of each kind has."""
+
+    def split(self, data: bytes, max_megapixels: float) -> Split: ...
+
+    def encode_scan(self, coding: Any, width: int, height: int, pixels: Pixels, length: int) -> bytes: ...
 
 
 def split(data: bytes, max_megapixels: float) -> Split:
@@ -39,21 +48,19 @@ def split(data: bytes, max_megapixels: float) -> Split:
     Nothing is decoded yet but, for PNG, the compressed stream is checked. Raises Unsupported with the reason.
     """
     kind = identify(data)
-    if kind == "jpeg":
-        from esrfs.formats import jpeg  # noqa: PLC0415
-
-        return jpeg.split(data, max_megapixels)
-    if kind == "png":
-        from esrfs.formats import png  # noqa: PLC0415
-
-        return png.split(data, max_megapixels)
     if not kind:
         raise Unsupported(Reason.NOT_A_PICTURE, "esrfs knows no picture format in this file; it stays as it is", kind)
-    raise Unsupported(
-        Reason.UNSUPPORTED_KIND,
-        f"esrfs compacts {' and '.join(_SUPPORTED)} files; this one is {kind} and stays bit for bit",
-        kind,
-    )
+    if kind not in kinds.COMPACTED:
+        message = f"esrfs compacts {kinds.in_words()} files; this one is {kind} and stays bit for bit"
+        raise Unsupported(Reason.UNSUPPORTED_KIND, message, kind)
+    return _module(kind).split(data, max_megapixels)
+
+
+def _module(kind: str) -> _Kind:
+    from esrfs.formats import jpeg, png  # noqa: PLC0415
+
+    modules: dict[str, _Kind] = {"jpeg": jpeg, "png": png}
+    return modules[kind]
 
 
 def fit_view(split: Split, pixels: Pixels, note: Note = no_note) -> FittedView:
@@ -65,17 +72,13 @@ def fit_view(split: Split, pixels: Pixels, note: Note = no_note) -> FittedView:
     return split.fit(pixels, note)
 
 
-def encode_scan(coding: JpegCoding | PngCoding, width: int, height: int, pixels: Pixels, length: int) -> bytes:
+def encode_scan(coding: PictureCoding, width: int, height: int, pixels: Pixels, length: int) -> bytes:
     """The scan of a view again: exactly ``length`` bytes, the same for the same pixels and encoder.
 
     Pixels that differ from those at compaction (other hardware) and would need more are softened, just enough.
     Raises DoesNotFit if even that is not enough, ValueError for pixels of another shape.
     """
-    from esrfs.formats import jpeg, png  # noqa: PLC0415
-
-    if isinstance(coding, JpegCoding):
-        return jpeg.encode_scan(coding, width, height, pixels, length)
-    return png.encode_scan(coding, width, height, pixels, length)
+    return _module(kind_of(coding)).encode_scan(coding, width, height, pixels, length)
 
 
 def decode(data: bytes, max_megapixels: float) -> Pixels:

@@ -132,6 +132,7 @@ class JpegSplit:
     data: bytes
     structure: Structure
     kind: str = "jpeg"
+    lossless: bool = False
 
     @property
     def width(self) -> int:

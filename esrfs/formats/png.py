@@ -90,6 +90,7 @@ class PngSplit:
     stream: bytes
     """The zlib stream of all IDAT chunks."""
     kind: str = "png"
+    lossless: bool = True
 
     def pixels(self) -> Pixels:
         header = struct.pack(">IIBBBBB", self.width, self.height, 8, _colour_type(self.mode), 0, 0, 0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from esrfs.blob import recipe
-from esrfs.blob.recipe import Coding, JpegCoding, Literal, PngCoding, Run, Span
+from esrfs.blob.recipe import Coding, Literal, PictureCoding, Run, Span
 from esrfs.blob.reference import REFERENCE_BYTES
 from esrfs.compaction.outcome import Reason
 
@@ -62,7 +62,7 @@ class DoesNotFit(Exception):  # noqa: N818
 class FittedView:
     """A view: ``prefix``, ``scan`` and ``suffix`` have exactly the original's length together."""
 
-    coding: JpegCoding | PngCoding
+    coding: PictureCoding
     prefix: list[Span]
     scan: bytes
     suffix: list[Span]
@@ -79,7 +79,12 @@ class Split(Protocol):
 
     @property
     def kind(self) -> str:
-        """``jpeg`` or ``png``."""
+        """One of ``kinds.COMPACTED``."""
+        ...
+
+    @property
+    def lossless(self) -> bool:
+        """Whether a view decodes to just the pixels that were put in."""
         ...
 
     @property

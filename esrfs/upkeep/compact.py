@@ -21,6 +21,7 @@ from esrfs.blob.recipe import decode
 from esrfs.compaction.outcome import Outcome, Reason, Verdict
 from esrfs.engine.client import Engine
 from esrfs.formats.identify import HEAD_BYTES, identify
+from esrfs.formats.kinds import COMPACTED
 from esrfs.networks import registry
 from esrfs.store import linux, swap
 from esrfs.store.beneath import open_parent
@@ -43,7 +44,7 @@ _TEMPORARY = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _LARGEST = 1 << 30
-"""Bytes: no camera writes larger JPEG or PNG files, and the engine holds an original in memory."""
+"""Bytes: no camera writes larger files of these kinds, and the engine holds an original in memory."""
 _POLL_SECONDS = 0.1
 _SETTLED = (Verdict.REFUSED, Verdict.PASSED_THROUGH, "original")
 """States in the catalog that stand until somebody names the file; ``original``: brought back from the undo window."""
@@ -156,7 +157,7 @@ def _verdict_before_reading(name: str, descriptor: int, st: os.stat_result) -> O
     kind = identify(os.pread(descriptor, HEAD_BYTES, 0))
     if not kind:
         return _as_it_is(Reason.NOT_A_PICTURE, "it is no picture that esrfs knows")
-    if kind not in ("jpeg", "png"):
+    if kind not in COMPACTED:
         return _as_it_is(Reason.UNSUPPORTED_KIND, f"files of kind {kind} are kept as they are", kind)
     if st.st_size > _LARGEST:
         return _as_it_is(Reason.TOO_LARGE, "it is larger than 1 GiB", kind)

@@ -48,7 +48,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     message: str | None = None
     """The reason in a sentence."""
     format: str | None = None
-    """``jpeg``, ``png``, or what its first bytes say."""
+    """What its first bytes, or the recipe, say."""
     width: int | None = None
     """Pixels, as stored (EXIF orientation not applied)."""
     height: int | None = None
