@@ -35,6 +35,7 @@ COMMANDS = {
     "cache": "caching",
     "weights": "weights",
     "upscale": "weights",
+    "install-units": "installing",
 }
 """Each command's module: only the one that is asked for is imported, which halves the time that it takes to mount."""
 

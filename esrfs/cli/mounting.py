@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import re
 import select
@@ -58,9 +59,23 @@ def umount(
         bool,
         typer.Option("--force", help="Detach it although programs use it; what they wait for is finished or fails."),
     ] = False,
+    dead: Annotated[
+        bool,
+        typer.Option(
+            "--dead",
+            help="Only clear away a mount whose process was killed; the directory stays unwritable until it is mounted "
+            "again. One that lives stays. For service managers.",
+        ),
+    ] = False,
 ) -> None:
     """Unmount, and wait until the mount has ended. Also clears away a mount whose process was killed."""
     place = paths.mounted_at(directory)
+    if dead:
+        while place is not None and _is_dead(place.mountpoint):
+            _detach(place.mountpoint, lazily=True)
+            note(f"{place.mountpoint}: the mount was dead, and is cleared away")
+            place = paths.mounted_at(directory)
+        return
     if place is None:
         raise CommandError(f"{directory} is not a mountpoint of esrfs; nothing was done", ExitCode.NOT_MOUNTED)
     process = _process_of(place)
@@ -80,6 +95,15 @@ def umount(
     finally:
         if process is not None:
             os.close(process)
+
+
+def _is_dead(mountpoint: str) -> bool:
+    """Whether no process serves the mount any more."""
+    try:
+        os.statvfs(mountpoint)  # not stat: for a second the kernel knows the answer without asking
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    return False
 
 
 def _unguard(mount: paths.Mount) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import json
 import logging
 import logging.handlers
@@ -29,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from esrfs import config, control
+from esrfs import config, control, journal
 from esrfs.cache import ViewCache
 from esrfs.engine.client import Engine, EngineSettings
 from esrfs.exit_codes import ExitCode
@@ -61,6 +62,8 @@ _SWITCH_SECONDS = 0.0005
 """Callbacks last some 20 microseconds: Python's 5 ms would have four readers wait for each other (measured: a tenth
 to a quarter more small files on 4 threads; `python -m benchmarks.small_files`)."""
 _LOG_BYTES = 4 << 20
+_LOOKED_AT = 256
+"""Entries of the view's root among which a file to read is looked for, before the mount calls itself ready."""
 _MNT_DETACH = 2
 _LOCAL = frozenset(("bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "tmpfs", "vfat", "xfs", "zfs"))
 _REQUEST_TIMEOUTS = ("/proc/sys/fs/fuse/max_request_timeout", "/proc/sys/fs/fuse/default_request_timeout")
@@ -92,7 +95,7 @@ def run(store_path: str, mountpoint: str, options: list[str], foreground: bool) 
     try:
         parse(options)  # a wrong option is told here, not in a log
         if foreground:
-            logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+            journal.log_to_stderr()
             return serve(store_path, mountpoint, options, lambda: None)
         return _start_in_background(store_path, mountpoint, options)
     except BadOption as error:
@@ -164,7 +167,7 @@ def _log_to_file(store: Store) -> None:
     """A background mount's log: the journal takes what systemd runs, the rest goes to the state directory."""
     path = config.state_directory(store.config.id) / "mount.log"
     handler = logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(journal.OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     logging.getLogger().setLevel(logging.INFO)
 
@@ -237,6 +240,20 @@ def _check_mountpoint(store_path: str, mountpoint: str) -> None:
             raise CannotMount(f"{mountpoint} is not empty; a mount there would hide its files", ExitCode.REFUSED)
 
 
+def _look(mountpoint: str) -> None:
+    """List the view and read a byte of a file in it: what "ready" means. Raises OSError when the view can't be listed,
+    but not when its listing is not ours to see.
+
+    One file that can't be read (it is damaged, or not ours to read) says nothing of the mount.
+    """
+    with contextlib.suppress(PermissionError), os.scandir(mountpoint) as entries:
+        for entry in itertools.islice(entries, _LOOKED_AT):
+            if entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(OSError), open(entry.path, "rb", buffering=0) as file:
+                    file.read(1)
+                return
+
+
 def _detach(mountpoint: str) -> None:
     """Unmount lazily: new accesses see the directory below at once, open files live on until they are closed."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -301,6 +318,7 @@ class Mount:
         self._one_end = threading.Lock()
         self._why_no_compaction = ""
         self._trouble = ""
+        self._failed = False
 
     def __enter__(self) -> Mount:
         store, options = self._store, self._options
@@ -422,12 +440,18 @@ class Mount:
             self._served.set()
             self._guard.end()
         log.info("%s is unmounted", self._mountpoint)
-        return ExitCode.OK
+        return ExitCode.MOUNT_FAILED if self._failed else ExitCode.OK
 
     def _after_mount(self, ready: Callable[[], None]) -> None:
         """Once libfuse serves: wait until the mount answers, say so, then begin with the work behind it."""
         try:
-            os.stat(self._mountpoint)
+            _look(self._mountpoint)
+        except OSError as error:
+            log.error("%s can't be read: %s; the mount is ended", self._mountpoint, error)
+            self._failed = True
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        try:
             self._guard.protect()
             server = control.ControlServer(
                 control.socket_path(self._store.config.id, self._mountpoint),
@@ -448,7 +472,7 @@ class Mount:
         how = ", read-only" if self._store.readonly else ""
         log.info("%s is mounted at %s%s", self._store.path, self._mountpoint, how)
         ready()
-        privileges.notify_service_manager("READY=1")
+        privileges.notify_service_manager(f"READY=1\nSTATUS=shows {journal.printable(self._store.path)}{how}")
         if not self._store.readonly:
             threading.Thread(target=self._keep_lease, name="esrfs-lease", daemon=True).start()
             retention = Retention(self._store, self._is_compactor)

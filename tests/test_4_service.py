@@ -1,0 +1,90 @@
+"""A mount as a service manager runs it: told when it is ready, cleared away when its process was killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from esrfs.exit_codes import ExitCode
+from tests.mounting import Mounted
+
+pytestmark = pytest.mark.mount
+
+ESRFS = [sys.executable, "-m", "esrfs.cli.main"]
+
+
+def umount_dead(path: Path) -> subprocess.CompletedProcess[str]:
+    """What the unit does after the end of its process."""
+    command = [*ESRFS, "umount", "--dead", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_ready_is_told_when_reads_work_and_stopping_at_the_end(
+    unmounted: Mounted, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(photographs / "coffee.jpg", unmounted.store)
+    address = tmp_path / "notify"
+    monkeypatch.setenv("NOTIFY_SOCKET", str(address))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(address))
+        manager.settimeout(30)
+        unmounted.start()
+        message = manager.recv(4096).decode()
+        assert message.splitlines() == ["READY=1", f"STATUS=shows {unmounted.store}"]
+        assert (unmounted.path / "coffee.jpg").read_bytes() == (photographs / "coffee.jpg").read_bytes()
+        unmounted.stop()
+        assert manager.recv(4096) == b"STOPPING=1"
+
+
+def test_a_view_that_can_not_be_listed_is_never_ready(unmounted: Mounted, tmp_path: Path) -> None:
+    """A store whose disk fails: the root can be opened, but not be listed."""
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        "import errno\n"
+        "from esrfs.mount import lifecycle\n"
+        "from esrfs.vfs.filesystem import Filesystem\n"
+        "def fail(*_):\n"
+        "    raise OSError(errno.EIO, 'the disk fails')\n"
+        "Filesystem.opendir = fail\n"
+        f"raise SystemExit(lifecycle.run({str(unmounted.store)!r}, {str(unmounted.path)!r}, ['quiet=3600'], True))\n"
+    )
+    result = subprocess.run([sys.executable, str(broken)], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == ExitCode.MOUNT_FAILED, result.stderr
+    assert "can't be read" in result.stderr
+    assert not os.path.ismount(unmounted.path)
+
+
+def test_a_file_that_can_not_be_read_does_not_hold_the_mount_up(unmounted: Mounted) -> None:
+    (unmounted.store / "nobody's").touch(mode=0)
+    unmounted.start()
+    assert os.listdir(unmounted.path) == ["nobody's"]
+
+
+def test_a_dead_mount_is_cleared_away_and_its_directory_stays_unwritable(mounted: Mounted) -> None:
+    (mounted.path / "file").write_text("text")
+    mounted.kill()
+    with pytest.raises(OSError, match="Transport endpoint is not connected"):
+        os.listdir(mounted.path)
+    result = umount_dead(mounted.path)
+    assert result.returncode == 0
+    assert "was dead" in result.stderr
+    assert os.listdir(mounted.path) == []
+    assert mounted.path.stat().st_mode & 0o222 == 0
+    mounted.start()
+    assert (mounted.path / "file").read_text() == "text"
+
+
+def test_a_mount_that_lives_is_never_cleared_away(mounted: Mounted, tmp_path: Path) -> None:
+    (mounted.path / "file").write_text("text")
+    result = umount_dead(mounted.path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (mounted.path / "file").read_text() == "text"
+    # And where nothing is mounted, or nothing is, there is nothing to do.
+    assert umount_dead(tmp_path).returncode == 0
+    assert umount_dead(tmp_path / "nowhere").returncode == 0
