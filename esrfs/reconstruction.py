@@ -7,7 +7,7 @@ Compaction calls ``enlarge`` too, so that what the gate measures is what readers
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,7 @@ Infer = Callable[[bytes, Pixels], Pixels]
 
 _BLOCK = 32
 """Pixels of the small picture along the side of a block in which it is compared with the rebuilt one."""
+_BAND_ROWS = 256
 _UNLIKE = 40.0
 """Mean difference (of 255) in one block from which on a rebuilt picture is taken for a failure of the hardware."""
 
@@ -75,6 +76,7 @@ def rebuild(recipe: Recipe, avif: bytes, infer: Infer) -> bytes:
         raise ReconstructionError(
             f"the rebuilt picture can't be written as the {kind} that was promised: {error}"
         ) from error
+    del pixels
     return b"".join((recipe_format.expand(recipe.prefix), scan, recipe_format.expand(recipe.suffix)))
 
 
@@ -100,7 +102,7 @@ def enlarge(plan: Plan, small: Pixels, infer: Infer) -> Pixels:
     Raises ReconstructionError if the network is not of the plan's scale, ImplausibleError.
     """
     if plan.network_sha256:
-        colour = np.ascontiguousarray(np.broadcast_to(small, (*small.shape[:2], 3)))
+        colour = np.broadcast_to(small, (*small.shape[:2], 3))  # tiles are copied one by one
         large = infer(plan.network_sha256, colour)
         if large.shape != (small.shape[0] * plan.scale, small.shape[1] * plan.scale, 3):
             raise ReconstructionError(f"the network made {large.shape} of {small.shape} at scale {plan.scale}")
@@ -116,14 +118,20 @@ def enlarge(plan: Plan, small: Pixels, infer: Infer) -> Pixels:
 
 def _gray(pixels: Pixels) -> Pixels:
     """H×W×3 → H×W×1, luma."""
-    return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).convert("L"))[:, :, None]
+    height, width = pixels.shape[:2]
+    result = np.empty((height, width, 1), dtype=np.uint8)
+    for top in range(0, height, _BAND_ROWS):
+        rows = np.ascontiguousarray(pixels[top : top + _BAND_ROWS])
+        result[top : top + _BAND_ROWS, :, 0] = np.asarray(Image.fromarray(rows).convert("L"))
+    return result
 
 
 def _check_resemblance(small: Pixels, large: Pixels, scale: int) -> None:
     """Compare block means: a network changes edges and texture, an overflow makes blocks black."""
-    expected = _block_means(small, _BLOCK)
-    found = _block_means(large, _BLOCK * scale)
-    difference = np.abs(expected - found).max()
+    difference = max(
+        float(np.abs(expected - found).max())
+        for expected, found in zip(_block_means(small, _BLOCK), _block_means(large, _BLOCK * scale), strict=True)
+    )
     if difference > _UNLIKE:
         raise ImplausibleError(
             f"the rebuilt picture doesn't resemble the blob's: one part is off by {difference:.0f} of 255; "
@@ -131,8 +139,10 @@ def _check_resemblance(small: Pixels, large: Pixels, scale: int) -> None:
         )
 
 
-def _block_means(pixels: Pixels, block: int) -> npt.NDArray[np.float64]:
-    """Of whole blocks (a few pixels at an edge may well change); of a picture smaller than a block, all in one."""
+def _block_means(pixels: Pixels, block: int) -> Iterator[npt.NDArray[np.float64]]:
+    """Of whole blocks (a few pixels at an edge may well change), row by row; of a picture smaller than a block, all in
+    one."""
     height, width = (max(side // block * block, min(side, block)) for side in pixels.shape[:2])
-    reduced = Image.fromarray(np.ascontiguousarray(pixels[:height, :width])).reduce(block)
-    return np.asarray(reduced, dtype=np.float64)
+    for top in range(0, height, block):
+        rows = np.ascontiguousarray(pixels[top : min(top + block, height), :width])
+        yield np.asarray(Image.fromarray(rows).reduce(block), dtype=np.float64)

@@ -91,9 +91,11 @@ class _Picture:
         pixels, so that each small pixel stands for ``scale`` × ``scale`` large ones at its place."""
         if scale not in self._small:
             height, width = self.pixels.shape[:2]
-            padded = np.pad(self.pixels, ((0, -height % scale), (0, -width % scale), (0, 0)), mode="edge")
-            image = _image(padded)
-            size = (padded.shape[1] // scale, padded.shape[0] // scale)
+            pixels = self.pixels
+            if height % scale or width % scale:
+                pixels = np.pad(pixels, ((0, -height % scale), (0, -width % scale), (0, 0)), mode="edge")
+            image = _image(pixels)
+            size = (pixels.shape[1] // scale, pixels.shape[0] // scale)
             self._small[scale] = image if scale == 1 else image.resize(size, Image.Resampling.BICUBIC)
         return self._small[scale]
 
@@ -224,12 +226,18 @@ class _Compaction:
         pixels = self._enlarge(self.picture, way, avif)
         self.checkpoint()
         fitted = formats.fit_view(self.split, pixels, self._note_for_fill)
+        width, height = self.split.width, self.split.height
+        again = formats.encode_scan(fitted.coding, width, height, pixels, len(fitted.scan))
+        del pixels  # large
+        if again != fitted.scan:
+            message = "the view's encoder doesn't give the same bytes twice; please report this with the picture"
+            return _refused(Reason.ERROR, message, self.split, self.best_score)
+        del again
         view = fitted.expand()
         self.checkpoint()
         scores = self._measure(self._decode(view))
         if problem := gate.objection(scores, self.wanted):
             return _refused(Reason.QUALITY, f"rebuilt, {problem}", self.split, self.best_score)
-        width, height = self.split.width, self.split.height
         recipe = Recipe(
             width=width,
             height=height,
@@ -250,9 +258,8 @@ class _Compaction:
             created_by=f"esrfs {__version__}",
             reference=self._reference(fitted.scan),
         )
-        again = formats.encode_scan(fitted.coding, width, height, pixels, recipe.scan_length)
-        if again != fitted.scan or len(view) != len(self.original):
-            message = "the view's encoder doesn't give the same bytes twice; please report this with the picture"
+        if len(view) != len(self.original):
+            message = "its view would not be of the original's size; please report this with the picture"
             return _refused(Reason.ERROR, message, self.split, self.best_score)
         encoded = recipe_format.encode(recipe)
         stored = len(avif) + len(zlib.compress(encoded)) + _BLOB_OVERHEAD
@@ -285,7 +292,9 @@ class _Compaction:
         if self.split.lossless:
             return pixels
         self.checkpoint()
-        return self._decode(formats.fit_view(self.split, pixels).expand())
+        view = formats.fit_view(self.split, pixels).expand()
+        del pixels  # large; nobody else holds it
+        return self._decode(view)
 
     def _decode(self, view: bytes) -> Pixels:
         pixels = formats.decode(view, self.policy.max_megapixels)
@@ -293,7 +302,7 @@ class _Compaction:
 
     def _measure(self, view: Pixels) -> Scores:
         self.checkpoint()
-        return gate.measure(self.picture.reference, self.picture.pixels, np.ascontiguousarray(view))
+        return gate.measure(self.picture.reference, self.picture.pixels, view)
 
     def _reference(self, scan: bytes) -> bytes:
         return reference(self.reference_key, scan) if self.reference_key else b""

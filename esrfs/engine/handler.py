@@ -25,6 +25,7 @@ from esrfs.engine import protocol, tiles
 from esrfs.engine.errors import DeviceFailedError, JobFailedError
 from esrfs.engine.lanes import Cancelled, Running
 from esrfs.engine.tiles import Crew
+from esrfs.formats.pixels import as_image
 from esrfs.networks import loading
 from esrfs.reconstruction import ImplausibleError, Infer, ReconstructionError
 
@@ -99,7 +100,9 @@ class NetworkHandler:
         infer = partial(self._infer(job), request.network_sha256)
         channels = pixels.shape[2]
         colour = pixels[:, :, : channels - 1] if channels in (2, 4) else pixels
-        large = Image.fromarray(infer(np.ascontiguousarray(np.broadcast_to(colour, (*colour.shape[:2], 3)))))
+        pixels_large = infer(np.broadcast_to(colour, (*colour.shape[:2], 3)))
+        large = as_image(pixels_large, pixels_large.shape[1], pixels_large.shape[0], "RGB")
+        del pixels_large
         if colour.shape[2] == 1:
             large = large.convert("L")
         if channels in (2, 4):

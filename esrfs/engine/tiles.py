@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from esrfs import formats
 from esrfs.engine.lanes import Cancelled, Running
 from esrfs.engine.protocol import Lane
 
@@ -92,7 +93,7 @@ def in_turn(tasks: list[Callable[[], None]]) -> None:
 
 
 def enlarge(network: Network, pixels: Pixels, spread: Spread = in_turn, size: int = TILE) -> Pixels:
-    """H×W×3 uint8 RGB → (H·scale)×(W·scale)×3 uint8.
+    """H×W×3 uint8 RGB → (H·scale)×(W·scale)×3 uint8, on a ``formats.canvas``.
 
     Raises ValueError for another shape or type, and whatever the network or ``spread`` raise.
     """
@@ -100,7 +101,7 @@ def enlarge(network: Network, pixels: Pixels, spread: Spread = in_turn, size: in
     if channels != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"a network takes H×W×3 bytes, not {pixels.shape} of {pixels.dtype}")
     scale = network.scale
-    result = np.empty((height * scale, width * scale, 3), dtype=np.uint8)
+    result = formats.canvas(height * scale, width * scale)
 
     def run(tile: Tile) -> None:
         source = pixels[None, tile.outer_top : tile.outer_bottom, tile.outer_left : tile.outer_right]

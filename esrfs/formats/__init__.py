@@ -25,6 +25,7 @@ __all__ = [
     "Pixels",
     "Split",
     "Unsupported",
+    "canvas",
     "decode",
     "encode_scan",
     "fit_view",
@@ -90,3 +91,10 @@ def decode(data: bytes, max_megapixels: float) -> Pixels:
     from esrfs.formats import pixels  # noqa: PLC0415
 
     return pixels.decode(data, max_megapixels)
+
+
+def canvas(height: int, width: int) -> Pixels:
+    """Room for a picture (height × width × 3) that ``encode_scan`` and ``fit_view`` need not copy."""
+    from esrfs.formats import pixels  # noqa: PLC0415
+
+    return pixels.canvas(height, width)

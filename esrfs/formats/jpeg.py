@@ -30,7 +30,7 @@ from esrfs.blob.reference import REFERENCE_BYTES
 from esrfs.formats import jpeg_parse
 from esrfs.formats.jpeg_decode import intact_pixels
 from esrfs.formats.jpeg_parse import DHT, DQT, DRI, Structure
-from esrfs.formats.pixels import as_image, check_dimensions, softened
+from esrfs.formats.pixels import as_image_for_jpeg, check_dimensions, softened
 from esrfs.formats.view import TAIL_BYTES, DoesNotFit, FittedView, Note, Pixels, front_fill, joined, no_note, noted
 
 COARSER = (1.0, 1.08, 1.17, 1.27, 1.38, 1.5)
@@ -158,10 +158,10 @@ def split(data: bytes, max_megapixels: float) -> JpegSplit:
 
 def encode_scan(coding: JpegCoding, width: int, height: int, pixels: Pixels, length: int) -> bytes:
     """See ``formats.encode_scan``."""
-    for image in softened(as_image(pixels, width, height, coding.mode)):
+    for image in softened(as_image_for_jpeg(pixels, width, height, coding.mode)):
         scan = _scan(coding, image)
         if len(scan) <= length:
-            return scan + b"\xff" * (length - len(scan))
+            return b"".join((scan, b"\xff" * (length - len(scan))))
     raise DoesNotFit(f"the rebuilt picture needs {len(scan)} bytes, and there are {length}")
 
 
@@ -172,7 +172,7 @@ def encoder() -> str:
 
 def _fit(split: JpegSplit, pixels: Pixels, note: Note) -> FittedView:
     structure = split.structure
-    image = as_image(pixels, structure.width, structure.height, structure.mode)
+    image = as_image_for_jpeg(pixels, structure.width, structure.height, structure.mode)
     over = 0
     for factor in COARSER:
         coding = _coarser(structure.coding, factor)
@@ -180,7 +180,7 @@ def _fit(split: JpegSplit, pixels: Pixels, note: Note) -> FittedView:
         scan = _scan(coding, image)
         free = structure.eoi - len(tables) - len(_scan_header(structure)) - len(scan)
         if free >= 0:
-            return _lay_out(split, coding, tables, scan, free, note(coding, scan))
+            return _lay_out(split, coding, tables, scan, free, note(coding, bytes(scan)))
         over = -free
     raise DoesNotFit(
         f"the rebuilt picture is {over} bytes too long, even quantised {COARSER[-1]:g} times more coarsely"
@@ -188,7 +188,7 @@ def _fit(split: JpegSplit, pixels: Pixels, note: Note) -> FittedView:
 
 
 def _lay_out(  # noqa: PLR0917
-    split: JpegSplit, coding: JpegCoding, tables: bytes, scan: bytes, free: int, note: bytes
+    split: JpegSplit, coding: JpegCoding, tables: bytes, scan: memoryview, free: int, note: bytes
 ) -> FittedView:
     header = _scan_header(split.structure)
     slack = min(free, len(scan) // 64 + 64)
@@ -200,7 +200,7 @@ def _lay_out(  # noqa: PLR0917
     return FittedView(
         coding=coding,
         prefix=joined([Literal(tables), *_fill(front, note), Literal(header)]),
-        scan=scan + b"\xff" * slack,
+        scan=b"".join((scan, b"\xff" * slack)),
         suffix=joined([Run(0xFF, tail), Literal(split.data[split.structure.eoi :])]),
         encoder=encoder(),
     )
@@ -267,7 +267,7 @@ def _huffman(mode: str) -> bytes:
     return struct.pack(">HH", 0xFF00 | DHT, 2 + len(body)) + body
 
 
-def _scan(coding: JpegCoding, image: Image.Image) -> bytes:
+def _scan(coding: JpegCoding, image: Image.Image) -> memoryview:
     """The entropy-coded data of ``image`` with the standard Huffman tables."""
     natural = [[0] * 64 for _ in coding.quantisation]
     for table, values in zip(natural, coding.quantisation, strict=True):
@@ -275,11 +275,11 @@ def _scan(coding: JpegCoding, image: Image.Image) -> bytes:
             table[index] = value
     out = io.BytesIO()
     image.save(out, "JPEG", qtables=natural, subsampling=coding.subsampling, optimize=False, progressive=False)
-    data = out.getvalue()
+    data = out.getbuffer()  # no copy
     return data[_scan_start(data) : -2]
 
 
-def _scan_start(data: bytes) -> int:
+def _scan_start(data: memoryview) -> int:
     offset = 2
     while True:
         end = offset + 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")

@@ -25,6 +25,8 @@ _PLAIN_MODES = ("L", "LA", "RGB", "RGBA")
 _SOFTENING_PIXELS = (0.35, 0.5, 0.7, 0.9, 1.2, 1.6, 2.2, 3.0)
 """Radii of the low-pass, in pixels, that a reconstruction may be given to fit."""
 
+_BAND_ROWS = 256
+
 DECODE_ERRORS = (
     OSError,
     ValueError,
@@ -78,8 +80,28 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 def as_array(image: Image.Image) -> Pixels:
     """uint8, height × width × channels."""
-    array = np.array(image, dtype=np.uint8)
-    return array[:, :, None] if array.ndim == 2 else array
+    image.load()
+    array = np.empty((image.height, image.width, len(image.getbands())), dtype=np.uint8)
+    for top, rows in bands(image):
+        array[top : top + len(rows)] = rows
+    return array
+
+
+def bands(image: Image.Image) -> Iterator[tuple[int, Pixels]]:
+    """The rows of a picture, some at a time: the first one's number, and height × width × channels of uint8.
+
+    Pillow makes an array of a whole picture by way of two copies of it as bytes.
+    """
+    for top in range(0, image.height, _BAND_ROWS):
+        band = image.crop((0, top, image.width, min(top + _BAND_ROWS, image.height)))
+        rows = np.asarray(band, dtype=np.uint8)
+        yield top, rows.reshape(band.height, band.width, -1)
+
+
+def canvas(height: int, width: int) -> Pixels:
+    """Room for a picture: height × width × 3, each pixel in 4 bytes as Pillow has them, so that it can become an
+    image without a copy."""
+    return np.empty((height, width, 4), dtype=np.uint8)[:, :, :3]
 
 
 def as_image(pixels: Pixels, width: int, height: int, mode: str) -> Image.Image:
@@ -95,9 +117,36 @@ def as_image(pixels: Pixels, width: int, height: int, mode: str) -> Image.Image:
         raise ValueError(f"expected 1 to 4 channels, got {channels}")
     if channels in (1, 2):
         image = Image.fromarray(np.ascontiguousarray(pixels.reshape(height, width, channels)[:, :, 0]))
+    elif (owner := _canvas_of(pixels)) is not None:
+        image = Image.frombuffer("RGBX", (width, height), owner, "raw", "RGBX", owner.strides[0], 1)
     else:
         image = Image.fromarray(np.ascontiguousarray(pixels[:, :, :3]))
     return image if image.mode == mode else image.convert(mode)
+
+
+def as_image_for_jpeg(pixels: Pixels, width: int, height: int, mode: str) -> Image.Image:
+    """As ``as_image``; but a ``canvas`` becomes an image of mode RGBX that shares its memory. Pillow's JPEG encoder
+    makes the same of it as of RGB."""
+    owner = _canvas_of(pixels)
+    if mode != "RGB" or owner is None or pixels.shape[:2] != (height, width):
+        return as_image(pixels, width, height, mode)
+    return Image.frombuffer("RGBX", (width, height), owner, "raw", "RGBX", owner.strides[0], 1)
+
+
+def _canvas_of(pixels: Pixels) -> Pixels | None:
+    """The whole canvas that ``pixels`` begin; None if they lie elsewhere, or otherwise."""
+    owner = pixels.base
+    if (
+        isinstance(owner, np.ndarray)
+        and owner.ndim == 3
+        and owner.shape[2] == 4
+        and owner.flags.c_contiguous
+        and owner.dtype == np.uint8
+        and pixels.strides == owner.strides
+        and pixels.ctypes.data == owner.ctypes.data
+    ):
+        return owner
+    return None
 
 
 def softened(image: Image.Image) -> Iterator[Image.Image]:

@@ -135,7 +135,7 @@ class _Prepared(NamedTuple):
 class Reference:
     """An original, to be compared with many views of it."""
 
-    def __init__(self, original: Pixels, *, cache_megapixels: float = 32.0, threads: int = 1) -> None:
+    def __init__(self, original: Pixels, *, cache_megapixels: float = 16.0, threads: int = 1) -> None:
         """``original``: H×W×3 RGB, H×W×1 or H×W gray, uint8; it is kept, not copied.
 
         ``threads`` measure a band each. Set torch's own number of threads to 1: OpenMP's threads wait for each other
@@ -170,23 +170,29 @@ class Reference:
         sums = [np.zeros((sum(map(len, channels.values())), *shape)) for channels in self._plan]
         pictures = [view] if self._complete else [view, self._original]
 
-        def fine(row: int) -> list[Tensor]:
-            """Measure one tile row at full and half resolution; returns it at a quarter, for each picture."""
+        # At a quarter: of the view, of the original if it isn't kept.
+        quarters = [torch.empty((3, *self._sizes[2])) for _ in pictures] if len(self._sizes) > 2 else []
+
+        def fine(row: int) -> None:
+            """Measure one tile row at full and half resolution, and leave it at a quarter."""
             with torch.inference_mode():  # a property of the thread
                 top, bottom = self._rows[row], self._rows[row + 1]
                 strips = [_linear(picture, top - _MARGIN, bottom + _MARGIN) for picture in pictures]
                 self._measure_band(0, row, row + 1, strips, sums[0])
                 if len(self._sizes) == 1:
-                    return []
+                    return
                 strips = [_Strip(_halve(strip.linear), strip.first // 2) for strip in strips]
                 self._measure_band(1, row, row + 1, strips, sums[1])
                 core = slice(top // 2 - strips[0].first, (bottom + 1) // 2 - strips[0].first)
-                return [_halve(strip.linear[:, core]) for strip in strips]
+                for quarter, strip in zip(quarters, strips, strict=False):
+                    rows = _halve(strip.linear[:, core])
+                    quarter[:, top // 4 : top // 4 + rows.shape[1]] = rows
 
         with ThreadPoolExecutor(self._threads) as pool:
-            quarters = list(pool.map(fine, range(shape[0])))
-        if len(self._sizes) > 2:
-            strips = [_Strip(torch.cat(bands, 1), 0) for bands in zip(*quarters, strict=True)]
+            for _ in pool.map(fine, range(shape[0])):
+                pass
+        if quarters:
+            strips = [_Strip(quarter, 0) for quarter in quarters]
             del quarters
             for level in range(2, len(self._sizes)):
                 step = 1 << level  # as many tile rows as make TILE rows here
