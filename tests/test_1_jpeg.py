@@ -91,6 +91,62 @@ def test_view_of_a_gray_picture() -> None:
     assert formats.decode(data, LIMIT).shape == (240, 320, 1)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("size", [(320, 240), (33, 17)])
+def test_progressive_stays_progressive(mode: str, subsampling: str, size: tuple[int, int]) -> None:
+    options: dict[str, Any] = {"progressive": True, "quality": 80}
+    if mode == "RGB":
+        options["subsampling"] = subsampling
+    original = jpeg_bytes(picture(*size, mode), comment=b"words", **options)
+    view, data = fitted(original)
+    assert len(data) == len(original)
+    before, after = jpeg_parse.parse(original), jpeg_parse.parse(data)
+    assert after.progressive
+    assert after.frame == before.frame
+    assert after.quantisation == before.quantisation
+    assert isinstance(view.coding, JpegCoding)
+    # To code the first scan with other tables changes no pixel of what libjpeg would have written.
+    rebuilt = softer(formats.split(original, LIMIT).pixels())
+    plain = jpeg_bytes(Image.fromarray(rebuilt), **options)
+    assert np.array_equal(formats.split(data, LIMIT).pixels(), formats.split(plain, LIMIT).pixels())
+
+
+def test_before_a_progressive_pictures_first_scan_nothing_depends_on_pixels() -> None:
+    """Other hardware may rebuild other pixels: they must go with the tables and header that the recipe holds."""
+    original = jpeg_bytes(progressive=True, quality=80, restart_marker_rows=1)
+    split = formats.split(original, LIMIT)
+    view = formats.fit_view(split, softer(split.pixels()))
+    for radius in (2, 5):
+        other = softer(split.pixels(), radius)
+        scan = formats.encode_scan(view.coding, 320, 240, other, len(view.scan))
+        data = recipe.expand(view.prefix) + scan + recipe.expand(view.suffix)
+        expected = fitted(original, radius)[1]
+        assert np.array_equal(formats.split(data, LIMIT).pixels(), formats.split(expected, LIMIT).pixels())
+
+
+def test_numbers_of_components_stay_in_all_scans() -> None:
+    original = bytearray(jpeg_bytes(progressive=True, quality=80))
+    frame = original.index(b"\xff\xc2")
+    for index in range(3):
+        original[frame + 10 + 3 * index] = index
+    offset = original.index(b"\xff\xda")
+    while offset >= 0:
+        for index in range(original[offset + 4]):
+            original[offset + 5 + 2 * index] -= 1
+        offset = original.find(b"\xff\xda", offset + 2)
+    _, data = fitted(bytes(original))
+    assert [part.id for part in jpeg_parse.parse(data).components] == [0, 1, 2]
+    assert formats.split(data, LIMIT).pixels().shape == (240, 320, 3)
+
+
+def test_a_noisy_progressive_picture_at_the_highest_quality() -> None:
+    """Pillow's guess at the room that libjpeg needs is too small for it."""
+    noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (200, 200, 3), dtype=np.uint8))
+    coding = JpegCoding("RGB", "4:4:4", [[1] * 64] * 3, progressive=True, components=b"\1\2\3")
+    assert len(formats.encode_scan(coding, 200, 200, np.asarray(noise), 200_000)) == 200_000
+
+
 def test_scan_starts_at_a_round_offset_and_the_tail_is_fill() -> None:
     original = jpeg_bytes(picture(800, 600), quality=97)
     view, data = fitted(original, radius=2)
@@ -183,7 +239,7 @@ def test_noise_does_not_fit_a_smooth_pictures_size() -> None:
 def test_standard_tables_are_pillows() -> None:
     data = jpeg_bytes()
     tables = b"".join(part.payload for part in jpeg_parse.parse(data).segments if part.marker == 0xC4)
-    assert jpeg._huffman("RGB")[4:] == tables
+    assert jpeg._huffman("RGB", progressive=False)[4:] == tables
 
 
 def test_metadata_does_not_move_when_it_follows_the_tables() -> None:
@@ -230,7 +286,17 @@ def damaged_files() -> Iterator[tuple[str, bytes, Reason]]:
     good = jpeg_bytes()
     scan = jpeg_parse.parse(good).scan_start
     frame = good.index(b"\xff\xc0")
-    yield "progressive", jpeg_bytes(progressive=True), Reason.UNSUPPORTED_KIND
+    progressive = jpeg_bytes(progressive=True, quality=80)
+    second = progressive.index(b"\xff\xc4", jpeg_parse.parse(progressive).scan_start)
+    yield (
+        "between its scans",
+        progressive[:second] + b"\xff\xfe\0\x04ab" + progressive[second:],
+        Reason.UNSUPPORTED_KIND,
+    )
+    yield "200 scans", progressive[:second] + progressive[second:-2] * 50 + b"\xff\xd9", Reason.UNSUPPORTED_KIND
+    yield "can't be decoded", progressive[:-2] + progressive[second:], Reason.BROKEN
+    yield "premature end", progressive[: second - 200] + progressive[second:], Reason.BROKEN
+    yield "progressive arithmetic", progressive.replace(b"\xff\xc2", b"\xff\xca", 1), Reason.UNSUPPORTED_KIND
     yield "CMYK", jpeg_bytes(picture().convert("CMYK")), Reason.UNSUPPORTED_KIND
     yield "coded as RGB", jpeg_bytes(keep_rgb=True), Reason.UNSUPPORTED_KIND
     yield "JUMBF", with_segment(good, 0xEB, b"JP\0\1" + bytes(20)), Reason.SIGNED

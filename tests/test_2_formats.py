@@ -55,20 +55,22 @@ def check_view(original: bytes) -> formats.FittedView | None:
     subsampling=st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]),
     quality=st.integers(20, 100),
     optimize=st.booleans(),
+    progressive=st.booleans(),
     restarts=st.integers(0, 20),
     extra=st.integers(0, 70_000),
     trailing=st.binary(max_size=50),
     seed=st.integers(0, 1000),
 )
 def test_any_jpeg_gets_a_view_of_its_size(
-    *, width: int, height: int, mode: str, subsampling: str, quality: int, optimize: bool, restarts: int, extra: int,
-    trailing: bytes, seed: int,
+    *, width: int, height: int, mode: str, subsampling: str, quality: int, optimize: bool, progressive: bool,
+    restarts: int, extra: int, trailing: bytes, seed: int,
 ) -> None:  # fmt: skip
     image = made_picture(width, height, mode, seed, noise=20)
     out = io.BytesIO()
     image.save(
         out,
         "JPEG",
+        progressive=progressive and quality < 90,  # Pillow's room for larger ones is too small
         quality=quality,
         subsampling=subsampling if mode == "RGB" else -1,
         optimize=optimize,

@@ -35,13 +35,16 @@ Span = Literal | Run
 
 
 class JpegCoding(msgspec.Struct, frozen=True, tag="jpeg"):
-    """How pixels become the entropy-coded data of a baseline JPEG with the standard Huffman tables (ITU-T T.81, annex
-    K)."""
+    """How pixels become the entropy-coded data of a JPEG with the standard Huffman tables (ITU-T T.81, annex K); of a
+    progressive one its first scan, the headers and tables of the further scans, and these."""
 
     mode: OneOf["L", "RGB"]
     subsampling: OneOf["4:4:4", "4:2:2", "4:2:0"]
     quantisation: list[list[int]]
     """One table of 64 values (zigzag order, 1 to 255) for each component."""
+    progressive: bool = False
+    components: bytes = b""
+    """The components' numbers, one byte each; set for progressive pictures, whose later scans name them."""
 
 
 class PngCoding(msgspec.Struct, frozen=True, tag="png"):

@@ -7,11 +7,13 @@ A view, byte for byte::
         values are changed in place when the view had to be quantised more coarsely. DHT and DRI are left out, except
         before an APPn or COM segment: those must not move, since exiftool prints offsets in them and MPF counts from
         its own place. There a DHT stays (ours, later, replaces it) and a DRI stays with its interval set to 0.
-    DHT     the standard tables of ITU-T T.81, annex K, which have a code for every symbol
+    DHT     the standard tables of ITU-T T.81, annex K, which have a code for every symbol; only those of the first scan
+            in a progressive picture
     APP13   "esrfs\\0", then the note (a reference to the blob, and what ``view.Note`` says) over as many segments as it
             takes, then zeros: fill, 0 to 36 segments; readers ignore it there, and the scan gets a round offset
     SOS     with the original's component numbers
-    scan    pinned length: entropy-coded data, then FF bytes (fill before a marker), a little for later differences
+    scan    pinned length: entropy-coded data (of a progressive picture all that follows the first SOS: further scans
+            and their tables, too), then FF bytes (fill before a marker), a little for later differences
     FF      fill up to where the original's EOI is, 8 KiB or more where there is room
     EOI     and all that follows it in the original, at its offset
 """
@@ -20,14 +22,18 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import msgspec
 import PIL
-from PIL import Image, features
+from PIL import Image, ImageFile, features
 
 from esrfs.blob.recipe import JpegCoding, Literal, Run, Span
 from esrfs.blob.reference import REFERENCE_BYTES
-from esrfs.formats import jpeg_parse
+from esrfs.formats import jpeg_parse, jpeg_progressive
 from esrfs.formats.jpeg_decode import intact_pixels
 from esrfs.formats.jpeg_parse import DHT, DQT, DRI, Structure
 from esrfs.formats.pixels import as_image_for_jpeg, check_dimensions, softened
@@ -123,6 +129,11 @@ _HUFFMAN_COLOUR = bytes.fromhex(
     "7a82838485868788898a92939495969798999aa2a3a4a5a6a7a8a9aab2b3b4b5b6b7b8b9bac2c3c4c5c6c7c8c9cad2d3d4d5d6d7d8"
     "d9dae2e3e4e5e6e7e8e9eaf2f3f4f5f6f7f8f9fa"
 )
+_DC_TABLE = 1 + 16 + 12
+"""Bytes of a DC table: number, counts by length, categories."""
+_BLOCKS = {"4:4:4": [0, 1, 1], "4:2:2": [0, 0, 1, 1], "4:2:0": [0, 0, 0, 0, 1, 1]}
+"""For each block of an MCU of colour the number of its Huffman table."""
+_maxblock_lock = threading.Lock()  # protects Pillow's ImageFile.MAXBLOCK, a global
 
 
 @dataclass(frozen=True)
@@ -176,7 +187,7 @@ def _fit(split: JpegSplit, pixels: Pixels, note: Note) -> FittedView:
     over = 0
     for factor in COARSER:
         coding = _coarser(structure.coding, factor)
-        tables = _envelope(structure, factor) + _huffman(structure.mode)
+        tables = _envelope(structure, factor) + _huffman(structure.mode, structure.progressive)
         scan = _scan(coding, image)
         free = structure.eoi - len(tables) - len(_scan_header(structure)) - len(scan)
         if free >= 0:
@@ -249,7 +260,7 @@ def _coarser_tables(payload: bytes, factor: float) -> bytes:
 
 def _coarser(coding: JpegCoding, factor: float) -> JpegCoding:
     tables = [_scaled(values, factor) for values in coding.quantisation]
-    return JpegCoding(mode=coding.mode, subsampling=coding.subsampling, quantisation=tables)
+    return msgspec.structs.replace(coding, quantisation=tables)
 
 
 def _scaled(values: list[int], factor: float) -> list[int]:
@@ -257,26 +268,49 @@ def _scaled(values: list[int], factor: float) -> list[int]:
 
 
 def _scan_header(structure: Structure) -> bytes:
+    if structure.progressive:
+        return jpeg_progressive.scan_header(structure.coding.components)
     count = len(structure.components)
     body = b"".join(bytes([part.id, 0x11 if index else 0x00]) for index, part in enumerate(structure.components))
     return struct.pack(">HHB", 0xFF00 | jpeg_parse.SOS, 6 + 2 * count, count) + body + b"\x00\x3f\x00"
 
 
-def _huffman(mode: str) -> bytes:
-    body = _HUFFMAN_GRAY if mode == "L" else _HUFFMAN_GRAY + _HUFFMAN_COLOUR
+def _huffman(mode: str, progressive: bool) -> bytes:
+    tables = [_HUFFMAN_GRAY] if mode == "L" else [_HUFFMAN_GRAY, _HUFFMAN_COLOUR]
+    body = b"".join(table[:_DC_TABLE] if progressive else table for table in tables)
     return struct.pack(">HH", 0xFF00 | DHT, 2 + len(body)) + body
 
 
 def _scan(coding: JpegCoding, image: Image.Image) -> memoryview:
-    """The entropy-coded data of ``image`` with the standard Huffman tables."""
+    """What is between ``image``'s (first) SOS and EOI."""
     natural = [[0] * 64 for _ in coding.quantisation]
     for table, values in zip(natural, coding.quantisation, strict=True):
         for index, value in zip(_ZIGZAG, values, strict=True):
             table[index] = value
     out = io.BytesIO()
-    image.save(out, "JPEG", qtables=natural, subsampling=coding.subsampling, optimize=False, progressive=False)
-    data = out.getbuffer()  # no copy
-    return data[_scan_start(data) : -2]
+    if coding.progressive:
+        with _room_for_all(image):
+            image.save(out, "JPEG", qtables=natural, subsampling=coding.subsampling, progressive=True)
+        data = out.getvalue()
+        blocks = [0] if coding.mode == "L" else _BLOCKS[coding.subsampling]
+        units = jpeg_parse.units(coding.subsampling, image.width, image.height)
+        standard = [table[1:_DC_TABLE] for table in (_HUFFMAN_GRAY, _HUFFMAN_COLOUR)]
+        return memoryview(jpeg_progressive.scans(data, blocks, units, standard, coding.components))
+    image.save(out, "JPEG", qtables=natural, subsampling=coding.subsampling, optimize=False)
+    made = out.getbuffer()  # no copy
+    return made[_scan_start(made) : -2]
+
+
+@contextmanager
+def _room_for_all(image: Image.Image) -> Iterator[None]:
+    """libjpeg writes a progressive picture in one go, and Pillow's guess at the room that takes may be too small."""
+    with _maxblock_lock:
+        before = ImageFile.MAXBLOCK
+        ImageFile.MAXBLOCK = max(before, 4 * image.width * image.height)
+        try:
+            yield
+        finally:
+            ImageFile.MAXBLOCK = before
 
 
 def _scan_start(data: memoryview) -> int:

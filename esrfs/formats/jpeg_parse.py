@@ -1,8 +1,8 @@
 """The structure of a JPEG file, and what esrfs refuses to touch in it.
 
-Accepted: one interleaved scan of 8-bit sequential Huffman coding (SOF0, SOF1), gray or YCbCr with 4:4:4, 4:2:2 or
-4:2:0. The picture's end is found by walking through its scan: thumbnails and what follows the picture hold markers of
-their own.
+Accepted: 8 bits, Huffman coding, one interleaved sequential scan (SOF0, SOF1) or progressive scans (SOF2), gray or
+YCbCr with 4:4:4, 4:2:2 or 4:2:0. The picture's end is found by walking through its scans: thumbnails and what follows
+the picture hold markers of their own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from esrfs.formats.view import Unsupported
 SOI, EOI, SOS, DQT, DHT, DRI = 0xD8, 0xD9, 0xDA, 0xDB, 0xC4, 0xDD
 APP0, APP11, APP14, APP15, COM = 0xE0, 0xEB, 0xEE, 0xEF, 0xFE
 _SOF_NAMES = {
-    0xC2: "progressive",
     0xC3: "lossless",
     0xC5: "hierarchical",
     0xC6: "hierarchical progressive",
@@ -32,6 +31,8 @@ _SOF_NAMES = {
     0xCF: "hierarchical lossless arithmetic-coded",
     0xF7: "JPEG-LS",
 }
+_MOST_SCANS = 200
+"""Encoders write 3 to 20; each takes a pass over all of the picture, and hostile files have thousands."""
 _NEXT_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
 """In a scan, FF 00 stands for a byte FF and FF D0 to FF D7 are restarts; any other marker ends it."""
 _RESTART = re.compile(rb"\xff+([\xd0-\xd7])")
@@ -66,11 +67,12 @@ class Structure:
     width: int
     height: int
     components: list[Component]
+    progressive: bool
     sos: bytes
-    """The SOS segment."""
+    """The (first) SOS segment."""
     scan_start: int
     scan_end: int
-    """Without fill bytes before EOI."""
+    """Without fill bytes before EOI. A progressive picture's other scans, with their tables, lie between."""
     eoi: int
     """Offset of the EOI marker's two bytes."""
     restart_interval: int
@@ -82,7 +84,13 @@ class Structure:
 
     @property
     def coding(self) -> JpegCoding:
-        return JpegCoding(mode=self.mode, subsampling=self.subsampling, quantisation=self.quantisation)
+        return JpegCoding(
+            mode=self.mode,
+            subsampling=self.subsampling,
+            quantisation=self.quantisation,
+            progressive=self.progressive,
+            components=bytes(component.id for component in self.components) if self.progressive else b"",
+        )
 
 
 def parse(data: bytes) -> Structure:
@@ -92,8 +100,9 @@ def parse(data: bytes) -> Structure:
     frame = _frame(segments)
     height, width, components = _components(frame)
     mode, subsampling = _colour(segments, components)
-    _check_scan_header(sos, components)
-    scan_end, eoi = _scan_end(data, scan_start)
+    progressive = frame.marker == 0xC2
+    _check_scan_header(sos, components, progressive)
+    scan_end, eoi = _scans_end(data, scan_start) if progressive else _scan_end(data, scan_start)
     interval = 0
     for segment in segments:
         if segment.marker == DRI:
@@ -106,6 +115,7 @@ def parse(data: bytes) -> Structure:
         width=width,
         height=height,
         components=components,
+        progressive=progressive,
         sos=sos,
         scan_start=scan_start,
         scan_end=scan_end,
@@ -115,13 +125,9 @@ def parse(data: bytes) -> Structure:
         mode=mode,
         subsampling=subsampling,
     )
-    _check_restarts(structure, data)
+    if not progressive:
+        _check_restarts(structure, data)
     return structure
-
-
-def intervals(scan: bytes) -> list[bytes]:
-    """The parts of a scan between its restart markers."""
-    return _RESTART.split(scan)[::2]
 
 
 def quantisation_tables(payload: bytes) -> list[tuple[int, int, list[int]]]:
@@ -181,7 +187,7 @@ def _refuse_signed(segments: list[Segment]) -> None:
 
 
 def _frame(segments: list[Segment]) -> Segment:
-    frames = [segment for segment in segments if segment.marker in (0xC0, 0xC1)]
+    frames = [segment for segment in segments if segment.marker in (0xC0, 0xC1, 0xC2)]
     if len(frames) != 1:
         raise _broken("it has no frame header" if not frames else "it has several frame headers")
     return frames[0]
@@ -233,10 +239,12 @@ def _colour(
     raise _passed(f"this JPEG has colour sampling {name}")
 
 
-def _check_scan_header(sos: bytes, components: list[Component]) -> None:
+def _check_scan_header(sos: bytes, components: list[Component], progressive: bool) -> None:
     count = len(components)
     if len(sos) < 5 or len(sos) != 8 + 2 * sos[4]:
         raise _broken("its scan header is malformed")
+    if progressive:
+        return  # the decoder checks all of them
     if sos[4] != count:
         raise _passed("this JPEG has one scan for each component")
     if [sos[5 + 2 * index] for index in range(count)] != [component.id for component in components]:
@@ -247,15 +255,37 @@ def _check_scan_header(sos: bytes, components: list[Component]) -> None:
 
 def _scan_end(data: bytes, start: int) -> tuple[int, int]:
     """Where the scan's last byte ends, and where EOI is."""
-    found = _NEXT_MARKER.search(data, start)
-    if found is None:
-        raise _passed("this JPEG has no end-of-image marker (it is cut or still being written)")
-    marker = data[found.end() - 1]
+    end, marker_at = _marker_after(data, start)
+    marker = data[marker_at + 1]
     if marker == EOI:
-        return found.start(), found.end() - 2
+        return end, marker_at
     if marker in (SOS, DHT, DQT):
         raise _passed("this JPEG has several scans")
     raise _broken(f"there is a marker 0x{marker:02X} within its pixels")
+
+
+def _scans_end(data: bytes, start: int) -> tuple[int, int]:
+    """The same for all scans of a progressive picture."""
+    scans = 1
+    while True:
+        end, marker_at = _marker_after(data, start)
+        marker = data[marker_at + 1]
+        if marker == EOI:
+            return end, marker_at
+        if marker not in (SOS, DHT, DRI):
+            raise _passed(f"this JPEG has a marker 0x{marker:02X} between its scans")
+        scans += marker == SOS
+        if scans > _MOST_SCANS:
+            raise _passed(f"this JPEG has more than {_MOST_SCANS} scans")
+        start = marker_at + 2 + int.from_bytes(data[marker_at + 2 : marker_at + 4], "big")
+
+
+def _marker_after(data: bytes, start: int) -> tuple[int, int]:
+    """Where the compressed data from ``start`` ends, and where the marker after it is."""
+    found = _NEXT_MARKER.search(data, start)
+    if found is None:
+        raise _passed("this JPEG has no end-of-image marker (it is cut or still being written)")
+    return found.start(), found.end() - 2
 
 
 def _tables(segments: list[Segment], components: list[Component]) -> list[list[int]]:
@@ -273,10 +303,15 @@ def _tables(segments: list[Segment], components: list[Component]) -> list[list[i
     return result
 
 
+def units(subsampling: str, width: int, height: int) -> int:
+    """MCUs of a picture."""
+    across, down = {"4:4:4": (8, 8), "4:2:2": (16, 8), "4:2:0": (16, 16)}[subsampling]
+    return -(-width // across) * -(-height // down)
+
+
 def _check_restarts(structure: Structure, data: bytes) -> None:
-    across, down = {"4:4:4": (8, 8), "4:2:2": (16, 8), "4:2:0": (16, 16)}[structure.subsampling]
-    units = -(-structure.width // across) * -(-structure.height // down)
-    expected = -(-units // structure.restart_interval) - 1 if structure.restart_interval else 0
+    total = units(structure.subsampling, structure.width, structure.height)
+    expected = -(-total // structure.restart_interval) - 1 if structure.restart_interval else 0
     found = [match[1][0] & 7 for match in _RESTART.finditer(data, structure.scan_start, structure.scan_end)]
     if found != [index & 7 for index in range(expected)]:
         raise _broken(f"its pixels have {len(found)} restart markers where {expected} in order are due")
