@@ -18,7 +18,7 @@ LAYERS = [
 ]  # fmt: skip
 # Importable by all, for they import nothing but each other: values that travel between layers, what every layer needs.
 GROUND = {
-    "esrfs", "esrfs.config", "esrfs.faults", "esrfs.exit_codes", "esrfs.control", "esrfs.journal",
+    "esrfs", "esrfs.config", "esrfs.faults", "esrfs.exit_codes", "esrfs.control", "esrfs.journal", "esrfs.prometheus",
     "esrfs.blob", "esrfs.blob.recipe", "esrfs.compaction", "esrfs.compaction.outcome",
 }  # fmt: skip
 # Beside the list: programs of a developer, which may import everything.

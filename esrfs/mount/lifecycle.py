@@ -30,11 +30,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from esrfs import config, control, journal
+from esrfs import config, control, journal, prometheus
 from esrfs.cache import ViewCache
 from esrfs.engine.client import Engine, EngineSettings
 from esrfs.exit_codes import ExitCode
-from esrfs.mount import commands, privileges
+from esrfs.mount import commands, figures, privileges
 from esrfs.mount.guard import guarded
 from esrfs.mount.options import BadOption, MountOptions, parse
 from esrfs.store import linux, recovery
@@ -473,12 +473,34 @@ class Mount:
         log.info("%s is mounted at %s%s", self._store.path, self._mountpoint, how)
         ready()
         privileges.notify_service_manager(f"READY=1\nSTATUS=shows {journal.printable(self._store.path)}{how}")
+        if self._options.metrics is not None:
+            self._serve_figures(self._options.metrics)
         if not self._store.readonly:
             threading.Thread(target=self._keep_lease, name="esrfs-lease", daemon=True).start()
             retention = Retention(self._store, self._is_compactor)
             retention.start()
             self._closing.callback(retention.stop)
             self._start_compaction()
+
+    def _serve_figures(self, address: tuple[str, int]) -> None:
+        """For Prometheus. The mount is worth more than its figures: without them it goes on."""
+        try:
+            stop = prometheus.serve(
+                address,
+                figures.collector(
+                    self._store,
+                    self._catalog,
+                    self._engine,
+                    self._filesystem,
+                    self._scheduler,
+                    compaction_state=self._compaction_state,
+                    mountpoint=self._mountpoint,
+                ),
+            )
+        except OSError as error:
+            log.error("metrics can't be served at %s port %d: %s", *address, error)
+        else:
+            self._closing.callback(stop)
 
     def _start_compaction(self) -> None:
         if not self._options.compaction:

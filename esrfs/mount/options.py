@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
+from esrfs import prometheus
 from esrfs.cache import DEFAULT_FREE_FLOOR, DEFAULT_SIZE_LIMIT
 
 OWN = {
@@ -17,6 +18,7 @@ OWN = {
     "device": "where networks run: auto, cpu or cuda (default auto)",
     "time_limit": "seconds after which a read that waits for a reconstruction fails with EIO (default 120)",
     "engine_idle": "seconds without work after which the engine gives its memory back (default 60)",
+    "metrics": "[ADDRESS:]PORT at which Prometheus finds figures, e.g. 9420 (default: nowhere; address: 127.0.0.1)",
     "threads": "callbacks that may run at once; three quarters of them may wait (default 1024)",
 }
 """Every option that esrfs itself knows, with its help."""
@@ -60,6 +62,7 @@ class MountOptions:
     time_limit: float = 120.0
     engine_idle: float = 60.0
     threads: int = 1024
+    metrics: tuple[str, int] | None = None
     read_only: bool = False
     libfuse: dict[str, str | bool] = field(default_factory=dict)
 
@@ -92,6 +95,11 @@ def _own(parsed: MountOptions, name: str, value: str) -> MountOptions:
             if value not in ("auto", "cpu", "cuda"):
                 raise BadOption(f"device={value}: it must be auto, cpu or cuda")
             return replace(parsed, device=cast(Literal["auto", "cpu", "cuda"], value))
+        case "metrics":
+            try:
+                return replace(parsed, metrics=prometheus.parse_address(value))
+            except ValueError as error:
+                raise BadOption(f"metrics: {error}") from None
         case "threads":
             return replace(parsed, threads=int(_number(name, value, 16, 16384)))
         case "quiet":
