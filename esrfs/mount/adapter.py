@@ -242,7 +242,7 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
     # Names and attributes.
 
     def getattr_fuse_3(self, path: bytes | None, target: Any, info: Any) -> None:
-        hidden = self._hidden_at(path)
+        hidden = self._hidden_at(path) if self._hidden else None
         if path is not None and hidden is None:
             if b"/.fuse_hidden" in path:
                 self._note_look(path)
@@ -399,11 +399,12 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
         self._tell(info.contents, self._fs.create(_name(path), info.contents.flags, mode, _caller()))
 
     def open(self, path: bytes, info: Any) -> None:
-        hidden = self._hidden_at(path)
+        file = info.contents
+        hidden = self._hidden_at(path) if self._hidden else None
         if hidden is None:
-            self._tell(info.contents, self._fs.open(_name(path), info.contents.flags))
+            self._tell(file, self._fs.open(_name(path), file.flags))
         else:
-            self._tell(info.contents, self._fs.open_hidden(hidden, info.contents.flags))
+            self._tell(file, self._fs.open_hidden(hidden, file.flags))
 
     def read(self, path: bytes | None, buffer: Any, size: int, offset: int, info: Any) -> int:
         return self._fs.read_into(info.contents.fh, ctypes.addressof(buffer.contents), size, offset)

@@ -43,6 +43,8 @@ _PASSED_TO_STORE = os.O_ACCMODE | os.O_DSYNC | os.O_SYNC
 """O_DIRECT would demand aligned buffers, O_NOATIME the owner's rights; both are between program and mount. O_APPEND is
 said with each write: the kernel writes dirty pages of a mapping through whichever handle it finds."""
 _ALWAYS = os.O_NOFOLLOW | os.O_CLOEXEC
+_TO_READ = os.O_RDONLY | _ALWAYS
+_MORE_THAN_READING = os.O_ACCMODE | os.O_TRUNC | os.O_DSYNC | os.O_SYNC
 _TRIES = 16
 _SHARE_OF_THREADS_THAT_MAY_WAIT = 0.75
 
@@ -454,6 +456,10 @@ class Filesystem:
         return Opened(handle.number, flushes=self._errors_at_close)
 
     def open(self, path: str, flags: int) -> Opened:
+        if not flags & _MORE_THAN_READING:
+            opened = self._open_to_read(path)
+            if opened is not None:
+                return opened
         self._visible(path)
         flags = _for_truncation(flags)
         in_use = self.handles.in_use(path)
@@ -466,6 +472,38 @@ class Filesystem:
             if opened is not None:
                 return opened
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    def _open_to_read(self, path: str) -> Opened | None:
+        """:meth:`open` for what most opens are: a plain file, for reading. It is written for speed, in one piece; None,
+        and nothing done, for all else."""
+        if path.startswith(RESERVED):
+            return None
+        directory, name = self._directories.parent(path)
+        descriptor = os.open(name, _TO_READ, dir_fd=directory.number)
+        try:
+            st = os.fstat(descriptor)
+            if may_be_blob(st):
+                os.close(descriptor)
+                return None
+            key = (st.st_dev, st.st_ino)
+            identity = (*key, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
+            number, keep = self.handles.add_to_read(key, path, descriptor, identity)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if number and self.claims.enter(key):
+            try:
+                still = self._is_still(directory.number, name, st)
+            except BaseException:
+                self.handles.remove(number)
+                raise
+            if not still:
+                self.handles.remove(number)
+                return None
+        if not number:
+            os.close(descriptor)
+            return None
+        return Opened(number, keep, False, False)
 
     def _open_what_is_in_use(self, path: str, file: OpenFile) -> Opened | None:
         """Behind the mount the name was given to another file, while programs still read the first one here. For the
@@ -501,8 +539,6 @@ class Filesystem:
         except BaseException:
             os.close(descriptor)
             raise
-        if view is None and not _is_writable(flags):
-            return self._opened_plainly(directory, name, path, descriptor, st)
         handle = self.handles.add((st.st_dev, st.st_ino), path, descriptor, _is_writable(flags), view)
         try:
             claimed = self.claims.enter(handle.file.key)
@@ -518,23 +554,6 @@ class Filesystem:
         except BaseException:
             self.handles.remove(handle.number)
             raise
-
-    def _opened_plainly(
-        self, directory: Directory, name: str, path: str, descriptor: int, st: os.stat_result
-    ) -> Opened | None:
-        """The rest of :meth:`_open_once` for what most opens are: a plain file, for reading."""
-        key = (st.st_dev, st.st_ino)
-        handle, keep, direct = self.handles.add_and_admit(key, path, descriptor, _identity(st))
-        if self.claims.enter(key):
-            try:
-                still = self._is_still(directory.number, name, st)
-            except BaseException:
-                self.handles.remove(handle.number)
-                raise
-            if not still:
-                self.handles.remove(handle.number)
-                return None
-        return Opened(handle.number, keep, direct, flushes=False)
 
     @staticmethod
     def _is_still(directory: int, name: str, st: os.stat_result) -> bool:

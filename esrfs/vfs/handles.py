@@ -92,26 +92,41 @@ class Handles:
     def add(self, key: Key, path: str, descriptor: int, writable: bool, view: View | None) -> Handle:
         """A new handle; joins the open file of this inode if there is one, and then ``view`` is not used."""
         with self._lock:
-            return self._add(key, path, descriptor, writable, view)
-
-    def add_and_admit(
-        self, key: Key, path: str, descriptor: int, identity: tuple[int, ...]
-    ) -> tuple[Handle, bool, bool]:
-        """:meth:`add` and :meth:`admit` in one step, for the most frequent case: a plain file is opened for reading."""
-        with self._lock:
-            handle = self._add(key, path, descriptor, False, None)
-            return handle, *self._admit(handle, path, identity)
-
-    def _add(self, key: Key, path: str, descriptor: int, writable: bool, view: View | None) -> Handle:
-        file = self._files.get(key)
-        if file is None:
-            file = self._files[key] = OpenFile(key, path, view)
-        else:
-            file.path, file.removed = path, False
-        handle = Handle(next(self._numbers), file, descriptor, writable)
-        file.handles.add(handle)
-        self._handles[handle.number] = handle
+            file = self._files.get(key)
+            if file is None:
+                file = self._files[key] = OpenFile(key, path, view)
+            else:
+                file.path, file.removed = path, False
+            handle = Handle(next(self._numbers), file, descriptor, writable)
+            file.handles.add(handle)
+            self._handles[handle.number] = handle
         return handle
+
+    def add_to_read(self, key: Key, path: str, descriptor: int, identity: object) -> tuple[int, bool]:
+        """:meth:`add` and :meth:`admit` in one step, for the most frequent open: of a plain file, for reading. (number,
+        keep what the kernel holds); number 0, and nothing done, if another file is in use by this path, or this one is
+        open as a view."""
+        with self._lock:
+            pages = self._pages.get(path)
+            file = self._files.get(key)
+            if file is None:
+                if pages is not None and pages.opens > 0 and pages.file is not None:
+                    return 0, False
+                file = self._files[key] = OpenFile(key, path, None)
+            elif file.view is not None or (pages is not None and pages.opens > 0 and pages.file is not file):
+                return 0, False
+            else:
+                file.path, file.removed = path, False
+            keep = pages is not None and (pages.opens > 0 or pages.identity == identity)
+            if pages is None:
+                pages = self._pages[path] = Pages(identity, file, 0)
+                self._drop_oldest()
+            pages.identity, pages.file = identity, file
+            pages.opens += 1
+            number = next(self._numbers)
+            handle = self._handles[number] = Handle(number, file, descriptor, False, pages)
+            file.handles.add(handle)
+        return number, keep
 
     def add_created(self, key: Key, path: str, descriptor: int, writable: bool) -> Handle:
         """A handle of a file that was made just now, by the open that it answers: nobody else can have it open, and the
@@ -145,7 +160,7 @@ class Handles:
             file = handle.file
             file.handles.discard(handle)
             ended = [handle]
-            if all(each.stands_in for each in file.handles):
+            if file.handles and all(each.stands_in for each in file.handles):
                 ended += file.handles
                 for each in file.handles:
                     del self._handles[each.number]
@@ -184,26 +199,23 @@ class Handles:
         with the other's.
         """
         with self._lock:
-            return self._admit(handle, path, identity)
-
-    def _admit(self, handle: Handle, path: str, identity: object) -> tuple[bool, bool]:
-        pages = self._pages.get(path)
-        if pages is None:
-            pages = self._pages[path] = Pages(identity, handle.file, 0)
-            keep = False
-            self._drop_oldest()
-        elif pages.opens > 0:
-            if pages.file is not handle.file:
-                return False, True
-            keep = True
-            pages.identity = identity or pages.identity
-        else:
-            keep = identity is not None and pages.identity == identity
-            pages.identity = identity
-            pages.file = handle.file
-        pages.opens += 1
-        handle.pages = pages
-        return keep, False
+            pages = self._pages.get(path)
+            if pages is None:
+                pages = self._pages[path] = Pages(identity, handle.file, 0)
+                keep = False
+                self._drop_oldest()
+            elif pages.opens > 0:
+                if pages.file is not handle.file:
+                    return False, True
+                keep = True
+                pages.identity = identity or pages.identity
+            else:
+                keep = identity is not None and pages.identity == identity
+                pages.identity = identity
+                pages.file = handle.file
+            pages.opens += 1
+            handle.pages = pages
+            return keep, False
 
     def _drop_oldest(self) -> None:
         """Forget about a path that was first opened long ago; the next open of it drops the kernel's pages."""
