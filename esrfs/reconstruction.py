@@ -6,6 +6,7 @@ Compaction calls ``enlarge`` too, so that what the gate measures is what readers
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from PIL import Image
 
 from esrfs import formats
 from esrfs.blob import recipe as recipe_format
-from esrfs.blob.recipe import Recipe, Verbatim
-from esrfs.formats import kinds
+from esrfs.blob.recipe import JpegXlCoding, Recipe, Verbatim
+from esrfs.formats import jpegxl, kinds
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -61,6 +62,8 @@ def rebuild(recipe: Recipe, avif: bytes, infer: Infer) -> bytes:
     """
     if isinstance(recipe.coding, Verbatim):
         return recipe_format.expand(recipe.prefix) + recipe_format.expand(recipe.suffix)
+    if isinstance(recipe.coding, JpegXlCoding):
+        return _turned_back(recipe, avif)
     plan = Plan(
         width=recipe.width,
         height=recipe.height,
@@ -78,6 +81,18 @@ def rebuild(recipe: Recipe, avif: bytes, infer: Infer) -> bytes:
         ) from error
     del pixels
     return b"".join((recipe_format.expand(recipe.prefix), scan, recipe_format.expand(recipe.suffix)))
+
+
+def _turned_back(recipe: Recipe, picture: bytes) -> bytes:
+    """The original, out of the JPEG XL that holds it. Never another: raises ReconstructionError."""
+    try:
+        scan = jpegxl.scan(picture, recipe.scan_length)
+    except ValueError as error:
+        raise ReconstructionError(str(error)) from error
+    view = b"".join((recipe_format.expand(recipe.prefix), scan, recipe_format.expand(recipe.suffix)))
+    if hashlib.sha256(view).digest() != recipe.sha256_view:
+        raise ReconstructionError("the JPEG XL was turned into another JPEG than the one that it was made of")
+    return view
 
 
 def decode_small(plan: Plan, avif: bytes) -> Pixels:

@@ -1,13 +1,14 @@
-"""A blob's bytes: an AVIF picture and, after it, one ISO-BMFF ``uuid`` box with the recipe.
+"""A blob's bytes: an AVIF picture (or a JPEG XL, where nothing was lost) and, after it, one ISO-BMFF ``uuid`` box with
+the recipe. Both formats are such boxes one after the other, and their readers skip boxes that they don't know.
 
 This docstring is the format's reference::
 
-    AVIF        any length       the blob's picture, as the encoder wrote it
+    picture     any length       AVIF or JPEG XL, as the encoder wrote it
     uuid box    last in the file
       u32       size             of the box, this field included
       4 bytes   'uuid'
       16 bytes  BOX_UUID
-      u32       CRC-32           of the AVIF: a picture that rotted on its disk is never shown
+      u32       CRC-32           of the picture: one that rotted on its disk is never shown
       payload   payload_length   the encoded recipe (recipe.py), zlib-compressed if flag 1 is set
       zeros     0 to 63          padding, so that the file's size is 13 mod 64
       footer    64 bytes         the last thing in the box, and so in the file

@@ -3,7 +3,7 @@
 This module is the reference for the recipe's format. A recipe is a msgpack map with the field names below (short keys
 would save a few dozen bytes and cost every later reader), compressed by the container (``container.py``). Fields may
 be added with a default; a field's meaning never changes; a reader that meets a larger ``version`` shows the blob as
-the AVIF it is.
+the picture it is.
 
 A view is ``prefix + scan + suffix``. Prefix and suffix are written down here (``Literal`` bytes and runs of one
 byte), so that everything but the compressed pixels is served without a network. Only the scan needs the engine.
@@ -62,8 +62,15 @@ class Verbatim(msgspec.Struct, frozen=True, tag="verbatim"):
     photograph."""
 
 
+class JpegXlCoding(msgspec.Struct, frozen=True, tag="jpegxl"):
+    """Nothing was lost: the blob's picture is a JPEG XL (ISO/IEC 18181) that holds a JPEG which was transcoded, and
+    with it what it takes to write that JPEG again byte for byte (the box ``jbrd``). The scan is its last bytes before
+    EOI: all that follows the first SOS segment, further scans and their tables included. ``prefix`` and ``suffix`` hold
+    the rest of the original, so the transcoded JPEG has no metadata. The view is the original."""
+
+
 PictureCoding = JpegCoding | PngCoding
-Coding = PictureCoding | Verbatim
+Coding = PictureCoding | Verbatim | JpegXlCoding
 
 
 class Scores(msgspec.Struct, frozen=True):
@@ -87,7 +94,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     sha256_original: bytes
     sha256_view: bytes
     preset: str
-    """The policy's preset that this blob passed: faithful, high, balanced, small."""
+    """The policy's preset that this blob passed: faithful, high, balanced, small; ``lossless`` where the view is the
+    original, bit for bit."""
     scale: int
     """1 to 4: the AVIF has ceil(width / scale) × ceil(height / scale) pixels."""
     network: str
@@ -108,11 +116,13 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     reference: bytes = b""
     """What the view's fill says of its blob, where there is room (``reference.py``), 32 bytes; empty in the first
     blobs of format 1."""
+    note: str = ""
+    """For people: why nothing of it may be lost, where that is so though the policy allows it."""
 
 
 def kind_of(coding: Coding) -> str:
-    """The coding's tag; of a picture's, its kind as ``formats.kinds`` lists it."""
-    return str(coding.__struct_config__.tag)
+    """Of a picture's coding: its kind, as ``formats.kinds`` lists it; else the coding's tag."""
+    return "jpeg" if isinstance(coding, JpegXlCoding) else str(coding.__struct_config__.tag)
 
 
 def length(spans: list[Span]) -> int:

@@ -13,18 +13,18 @@ import typer
 
 from esrfs.cli import show
 from esrfs.cli.show import CommandError
-from esrfs.compaction.outcome import PRESETS, Outcome, Policy
+from esrfs.compaction.outcome import CHOICES, LOSSLESS, PRESETS, Outcome, Policy
 from esrfs.engine.client import Engine, EngineSettings
 from esrfs.exit_codes import ExitCode
 from esrfs.networks import registry
 from esrfs.networks.registry import WeightsError
 from esrfs.store import initialise, layout
 
-Preset = enum.StrEnum("Preset", {name: name for name in PRESETS})  # type: ignore[misc]  # its members are PRESETS' keys
+Preset = enum.StrEnum("Preset", {name: name for name in CHOICES})  # type: ignore[misc]  # its members are CHOICES
 
 _DEFAULT = Policy()
 _PRESET = Preset(_DEFAULT.preset)
-_SCORES = ", ".join(f"{name} {score:g}" for name, (score, _) in PRESETS.items())
+_SCORES = ", ".join(f"{name} {score:g}" for name, (score, _) in PRESETS.items()) + f", {LOSSLESS} 100"
 
 
 def add_to(app: typer.Typer) -> None:

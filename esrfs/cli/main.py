@@ -23,6 +23,7 @@ from esrfs.store.errors import Problem, StoreError
 
 COMMANDS = {
     "init": "initialising",
+    "policy": "policy",
     "mount": "mounting",
     "umount": "mounting",
     "status": "inspecting",

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import io
 import math
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -23,8 +22,9 @@ from esrfs import __version__, formats, reconstruction
 from esrfs.blob import recipe as recipe_format
 from esrfs.blob.recipe import Coding, Recipe, Scores
 from esrfs.blob.reference import reference
-from esrfs.compaction import gate, planner
-from esrfs.compaction.outcome import Outcome, Policy, Reason, Verdict
+from esrfs.compaction import gate, lossless, planner
+from esrfs.compaction import outcome as outcome_format
+from esrfs.compaction.outcome import LOSSLESS, Outcome, Policy, Reason, Verdict
 from esrfs.compaction.planner import Trial
 from esrfs.metrics.ssimulacra2 import Reference
 from esrfs.reconstruction import Infer, Plan, ReconstructionError
@@ -43,8 +43,6 @@ _HIGHER_WHEN_SMALL = 12
 """By so many levels more must a small picture be encoded, as the network enlarges the codec's noise with it."""
 _SPEED = 6
 """libaom's: 4 would save 4 % at 6 times the time, 8 costs 13 to 20 % more bytes (DESIGN 10)."""
-_BLOB_OVERHEAD = 200
-"""Bytes of boxes and padding around picture and recipe."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +121,21 @@ def compact(
     Files that can't be compacted are a verdict. Raises ValueError for an unknown preset, and what ``infer`` and
     ``checkpoint`` raise.
     """
+    if policy.preset == LOSSLESS:
+        return lossless.compact(original, policy)
+    outcome = _at_a_loss(original, policy, network, infer, checkpoint, reference_key)
+    checkpoint()
+    return lossless.where_better(original, policy, outcome)
+
+
+def _at_a_loss(
+    original: bytes,
+    policy: Policy,
+    network: NetworkRef | None,
+    infer: Infer,
+    checkpoint: Callable[[], None],
+    reference_key: bytes,
+) -> Outcome:
     wanted = gate.thresholds(policy.preset)
     try:
         split = formats.split(original, policy.max_megapixels)
@@ -262,7 +275,7 @@ class _Compaction:
             message = "its view would not be of the original's size; please report this with the picture"
             return _refused(Reason.ERROR, message, self.split, self.best_score)
         encoded = recipe_format.encode(recipe)
-        stored = len(avif) + len(zlib.compress(encoded)) + _BLOB_OVERHEAD
+        stored = outcome_format.stored_bytes(avif, encoded)
         if stored > allowed:
             message = f"it would take {stored:,} bytes of {len(self.original):,}, which saves too little"
             return _refused(Reason.NOT_WORTH_IT, message, self.split, scores.ssimulacra2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import zlib
 
 import msgspec
 
@@ -13,15 +14,23 @@ PRESETS: dict[str, tuple[float, float]] = {
     "balanced": (60.0, 20.0),
     "small": (50.0, 25.0),
 }
+LOSSLESS = "lossless"
+"""In a preset's place: only what comes back bit for bit is compacted."""
+NEVER = "never"
+"""In a rule (``store/rules.py``): the file stays as it is."""
+CHOICES = (*PRESETS, LOSSLESS)
 
 
 class Policy(msgspec.Struct, frozen=True):
     """What the owner of the store asks for."""
 
     preset: str = "high"
+    """One of CHOICES."""
     network: str = "lite-x2"
     min_saving: float = 0.2
     """A blob is kept only if it is smaller than the original by at least this share."""
+    min_saving_lossless: float = 0.05
+    """The same for blobs that give the original back bit for bit."""
     max_megapixels: float = 200.0
     """Larger pictures are left alone: a bound on memory, and against decompression bombs."""
 
@@ -49,6 +58,8 @@ class Reason(enum.StrEnum):
     DOES_NOT_FIT = "does_not_fit"
     """The rebuilt picture can't be encoded in the original's number of bytes."""
     NOT_WORTH_IT = "not_worth_it"
+    NEVER = "never"
+    """A rule of the store's owner says so."""
     HARD_LINKS = "hard_links"
     TEMPORARY_NAME = "temporary_name"
     METADATA = "metadata"
@@ -57,12 +68,13 @@ class Reason(enum.StrEnum):
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer to one compaction. ``recipe`` (encoded) and ``avif`` are set for COMPACTED only."""
+    """The answer to one compaction. ``recipe`` (encoded) and ``avif`` (the picture; a JPEG XL if nothing is lost) are
+    set for COMPACTED only."""
 
     verdict: Verdict
     reason: Reason | None = None
     message: str = ""
-    """One sentence for people; empty for COMPACTED."""
+    """One sentence for people; empty for COMPACTED, but where only a lossless blob would do: why."""
     recipe: bytes = b""
     avif: bytes = b""
     kind: str = ""
@@ -71,3 +83,12 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     height: int = 0
     score: float | None = None
     """Best SSIMULACRA2 that was reached, also for REFUSED."""
+
+
+_BLOB_OVERHEAD = 200
+"""Bytes of boxes, footer and padding around picture and recipe; an upper bound."""
+
+
+def stored_bytes(picture: bytes, recipe: bytes) -> int:
+    """About what a blob of these takes (``recipe`` encoded)."""
+    return len(picture) + len(zlib.compress(recipe, 9)) + _BLOB_OVERHEAD

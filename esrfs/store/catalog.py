@@ -24,7 +24,7 @@ from esrfs.store.identity import Identity
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE entries (
     dev INTEGER NOT NULL, ino INTEGER NOT NULL,       -- as signed 64 bit
@@ -34,11 +34,13 @@ CREATE TABLE entries (
     view_size INTEGER NOT NULL, stored_bytes INTEGER NOT NULL, sha256_view BLOB NOT NULL,
     score REAL, scale INTEGER NOT NULL, quality INTEGER NOT NULL,
     path BLOB NOT NULL,                               -- bytes; empty: not known
+    choice TEXT NOT NULL,                             -- what a verdict was made under; empty: holds under any
     PRIMARY KEY (dev, ino)
 ) WITHOUT ROWID;
 """
 _FIELDS = (
-    "state, reason, message, kind, width, height, view_size, stored_bytes, sha256_view, score, scale, quality, path"
+    "state, reason, message, kind, width, height, view_size, stored_bytes, sha256_view, score, scale, quality, path, "
+    "choice"
 )
 
 
@@ -62,6 +64,9 @@ class Entry:
     scale: int = 0
     quality: int = 0
     path: str = ""
+    choice: str = ""
+    """The preset (``lossless``, ``never``) that a refusal was made under; empty where it would be the same under
+    any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +102,7 @@ class Catalog:
             *(entry.state, entry.reason, entry.message, entry.kind, entry.width, entry.height),
             *(entry.view_size, entry.stored_bytes, entry.sha256_view, entry.score, entry.scale, entry.quality),
             os.fsencode(entry.path),
+            entry.choice,
         )
         marks = ",".join("?" * len(values))
         self._run(lambda c: c.execute(f"INSERT OR REPLACE INTO entries VALUES ({marks})", values), None)
@@ -207,8 +213,8 @@ def _unsigned(value: int) -> int:
     return value + (1 << 64) if value < 0 else value
 
 
-def _entry(row: tuple[str, str, str, str, int, int, int, int, bytes, float | None, int, int, bytes]) -> Entry:
-    state, reason, message, kind, width, height, view_size, stored, sha256, score, scale, quality, path = row
+def _entry(row: tuple[str, str, str, str, int, int, int, int, bytes, float | None, int, int, bytes, str]) -> Entry:
+    state, reason, message, kind, width, height, view_size, stored, sha256, score, scale, quality, path, choice = row
     return Entry(
         state=state,
         reason=reason,
@@ -223,4 +229,5 @@ def _entry(row: tuple[str, str, str, str, int, int, int, int, bytes, float | Non
         scale=scale,
         quality=quality,
         path=os.fsdecode(path),
+        choice=choice,
     )

@@ -8,6 +8,7 @@
 ``ledger/``        the record of irreversible steps (``ledger.py``)
 ``originals/``     the undo window (``originals.py``)
 ``networks/``      a copy of each network that a recipe names, by sha256
+``rules``          the owner's: which files are kept under another policy (``rules.py``); need not exist
 ``compactor``      the compactor's lease (``lease.py``)
 =================  =====================================================================================
 
@@ -29,7 +30,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from esrfs.compaction.outcome import PRESETS, Policy
+from esrfs.compaction.outcome import CHOICES, Policy
 from esrfs.store import ledger
 from esrfs.store.errors import Problem, StoreError
 from esrfs.store.ledger import Ledger
@@ -107,9 +108,10 @@ exclusive = {exclusive}
 undo_days = {undo_days}
 
 [policy]
-preset = {preset}  # faithful, high, balanced, small
+preset = {preset}  # faithful, high, balanced, small, lossless; for some files: see the file rules, beside this one
 network = {network}
 min_saving = {min_saving}  # a file is left alone unless it shrinks by at least this share
+min_saving_lossless = {min_saving_lossless}  # the same where it comes back bit for bit
 max_megapixels = {max_megapixels}
 
 [probe]  # what `esrfs init` found the filesystem able to do
@@ -144,9 +146,9 @@ def parse_config(text: str, where: str) -> StoreConfig:
             f"{where} can't be read: {error}. Nothing was changed. Repair it, or take it from a backup.",
             Problem.DAMAGED,
         ) from error
-    if config.policy.preset not in PRESETS:
+    if config.policy.preset not in CHOICES:
         raise StoreError(
-            f"{where} asks for the preset {config.policy.preset!r}, which is none of {', '.join(PRESETS)}. Correct it.",
+            f"{where} asks for the preset {config.policy.preset!r}, which is none of {', '.join(CHOICES)}. Correct it.",
             Problem.DAMAGED,
         )
     return config

@@ -32,6 +32,7 @@ Rebuild = Callable[[bytes, bytes, bytes], Rebuilt]
 
 _ADVICE = "The view of it can't be read: bring it back with `esrfs restore` or from a backup of the store"
 _FILE_TYPE = slice(4, 8)
+_PICTURES = (b"ftyp", b"JXL ")
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,7 +135,7 @@ def _is_ours(store: Store, descriptor: int, st: os.stat_result) -> container.Foo
 
 def _moved_box(store: Store, path: str, descriptor: int, size: int) -> list[Finding]:
     """A blob that a program rewrote behind the mount: its box is there, and not where a mount looks for it."""
-    if os.pread(descriptor, 12, 0)[_FILE_TYPE] != b"ftyp":
+    if os.pread(descriptor, 12, 0)[_FILE_TYPE] not in _PICTURES:
         return []
     with contextlib.suppress(BlobDamaged, NotABlob):
         footer = container.find_by_walk(descriptor, size)
@@ -144,7 +145,7 @@ def _moved_box(store: Store, path: str, descriptor: int, size: int) -> list[Find
                     path,
                     "box_moved",
                     "a program that does not know esrfs rewrote this blob in the store, so the view shows the small "
-                    "AVIF picture that it is. Bring the file back from a backup, or keep it as it is",
+                    "picture that it is. Bring the file back from a backup, or keep it as it is",
                 )
             ]
     return []
@@ -161,8 +162,8 @@ def _blob(
     if recipe.original_size != footer.view_size:
         sizes = f"{footer.view_size} bytes, its recipe one of {recipe.original_size}"
         return blob, [_damage(path, "blob_damaged", f"its footer promises a view of {sizes}. {_ADVICE}")]
-    if blob.avif[_FILE_TYPE] != b"ftyp" and not isinstance(recipe.coding, Verbatim):
-        return blob, [_damage(path, "blob_damaged", f"its picture is no AVIF. {_ADVICE}")]
+    if blob.avif[_FILE_TYPE] not in _PICTURES and not isinstance(recipe.coding, Verbatim):
+        return blob, [_damage(path, "blob_damaged", f"its picture is neither AVIF nor JPEG XL. {_ADVICE}")]
     if recipe.network_sha256:
         if recipe.network_sha256 not in networks:
             networks[recipe.network_sha256] = _network_problem(store, recipe.network_sha256)

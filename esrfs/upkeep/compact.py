@@ -7,6 +7,7 @@ host), or the file's identity at the swap (any host).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from esrfs import faults
 from esrfs.blob import container, reference
 from esrfs.blob.recipe import decode
-from esrfs.compaction.outcome import Outcome, Reason, Verdict
+from esrfs.compaction.outcome import NEVER, Outcome, Policy, Reason, Verdict
 from esrfs.engine.client import Engine
 from esrfs.formats.identify import HEAD_BYTES, identify
 from esrfs.formats.kinds import COMPACTED
@@ -26,9 +27,11 @@ from esrfs.networks import registry
 from esrfs.store import linux, swap
 from esrfs.store.beneath import open_parent
 from esrfs.store.catalog import Catalog, Entry
+from esrfs.store.errors import StoreError
 from esrfs.store.examine import examine
 from esrfs.store.identity import Identity
 from esrfs.store.layout import Store
+from esrfs.store.rules import Rules
 from esrfs.store.swap import SwapResult, SwapStatus
 from esrfs.upkeep.claims import Claim, Claims
 
@@ -94,6 +97,16 @@ class Workshop:
     claims: Claims
     lease_held: Callable[[], bool]
 
+    @functools.cached_property
+    def rules(self) -> Rules:
+        return Rules(self.store)
+
+    def may_be_compacted(self, path: str, identity: Identity) -> bool:
+        """Whether the file with this path and content is worth a try: nothing is known of it, or a refusal that was
+        made under another policy than its present one. Raises OSError, StoreError for rules that can't be read."""
+        known = self.catalog.get(identity)
+        return known is None or bool(known.choice and known.choice != self.rules.decide(path).choice)
+
 
 def compact(workshop: Workshop, path: str, *, again: bool = False) -> Done:
     """Compact the file at ``path``, if that is right for it. ``again``: also when an earlier verdict was against it.
@@ -127,11 +140,20 @@ def _compact_open(workshop: Workshop, path: str, name: str, descriptor: int, aga
             entry = Entry(state="blob", view_size=blob.view_size, stored_bytes=st.st_blocks * 512, path=path)
             workshop.catalog.put(identity, entry)
         return Done(path, "blob")
-    if known is not None and known.state in _SETTLED and not again:
+    try:
+        policy = workshop.rules.policy(path)
+        settled = known is not None and known.state in _SETTLED and not workshop.may_be_compacted(path, identity)
+    except StoreError as error:
+        return Done(path, "left", message=str(error))
+    if known is not None and settled and not again:
         return Done(path, known.state, known.reason, known.message, st.st_size, st.st_blocks * 512)
     verdict = _verdict_before_reading(name, descriptor, st)
     if verdict is not None:
         return _remember(workshop, path, st, verdict)
+    if policy is None:
+        rule = workshop.rules.decide(path).rule
+        line = f" (line {rule.line})" if rule else ""
+        return _remember(workshop, path, st, _refusal(Reason.NEVER, f"a rule of this store says so{line}"), NEVER)
     try:
         with linux.read_lease(descriptor):
             pass
@@ -144,7 +166,7 @@ def _compact_open(workshop: Workshop, path: str, name: str, descriptor: int, aga
     if claim is None:
         return Done(path, "left", message="it is in use")
     try:
-        return _compact_claimed(workshop, path, descriptor, st, claim)
+        return _compact_claimed(workshop, path, descriptor, st, claim, policy=policy)
     finally:
         workshop.claims.end(claim)
 
@@ -172,18 +194,20 @@ def _as_it_is(reason: Reason, message: str, kind: str = "") -> Outcome:
     return Outcome(verdict=Verdict.PASSED_THROUGH, reason=reason, message=message, kind=kind)
 
 
-def _compact_claimed(workshop: Workshop, path: str, descriptor: int, st: os.stat_result, claim: Claim) -> Done:
+def _compact_claimed(
+    workshop: Workshop, path: str, descriptor: int, st: os.stat_result, claim: Claim, *, policy: Policy
+) -> Done:
     identity = Identity.from_stat(st)
     original = _read(descriptor, st.st_size)
     if original is None or Identity.from_stat(os.fstat(descriptor)) != identity:
         return Done(path, "left", message="it changed while it was read")
     faults.reach("compact.read")
     store = workshop.store
-    outcome = _ask_engine(workshop, original, claim)
+    outcome = _ask_engine(workshop, original, claim, policy)
     if outcome is None:
         return Done(path, "left", message="a program began to use it")
     if outcome.verdict is not Verdict.COMPACTED:
-        return _remember(workshop, path, st, outcome)
+        return _remember(workshop, path, st, outcome, policy.preset)
     blob = container.pack(outcome.avif, outcome.recipe, store.config.id_bytes, store.config.key_bytes)
     faults.reach("compact.packed")
     result = swap.swap_in(
@@ -223,9 +247,8 @@ def _read(descriptor: int, size: int) -> bytes | None:
     return b"".join(parts) if offset == size else None
 
 
-def _ask_engine(workshop: Workshop, original: bytes, claim: Claim) -> Outcome | None:
+def _ask_engine(workshop: Workshop, original: bytes, claim: Claim, policy: Policy) -> Outcome | None:
     """The engine's answer; None when the claim was interrupted meanwhile."""
-    policy = workshop.store.config.policy
     # The store keeps a copy of each network that a recipe names.
     network = workshop.store.keep_network(registry.find(policy.network).read_bytes())
     key = reference.key_of(workshop.store.config.key_bytes)
@@ -243,7 +266,8 @@ def _ask_engine(workshop: Workshop, original: bytes, claim: Claim) -> Outcome | 
         ticket.release()
 
 
-def _remember(workshop: Workshop, path: str, st: os.stat_result, outcome: Outcome) -> Done:
+def _remember(workshop: Workshop, path: str, st: os.stat_result, outcome: Outcome, choice: str = "") -> Done:
+    """Note a verdict against the file; ``choice``: what it was made under, if it might be another under another."""
     reason = outcome.reason.value if outcome.reason else ""
     workshop.catalog.put(
         Identity.from_stat(st),
@@ -258,6 +282,7 @@ def _remember(workshop: Workshop, path: str, st: os.stat_result, outcome: Outcom
             stored_bytes=st.st_blocks * 512,
             score=outcome.score,
             path=path,
+            choice=choice,
         ),
     )
     return Done(path, outcome.verdict.value, reason, outcome.message, st.st_size, st.st_blocks * 512)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from esrfs.blob.container import BlobDamaged
+from esrfs.blob.recipe import kind_of
 from esrfs.compaction.outcome import Reason
 from esrfs.formats.identify import HEAD_BYTES, identify
 from esrfs.store.beneath import beneath
@@ -147,7 +148,8 @@ def _of_blob(store: Store, path: str, descriptor: int, st: os.stat_result, info:
     return Explanation(
         path=path,
         state="blob",
-        format=recipe.coding.__struct_config__.tag,  # type: ignore[arg-type]  # our tags are strings
+        message=recipe.note or None,
+        format=kind_of(recipe.coding),
         width=recipe.width,
         height=recipe.height,
         preset=recipe.preset,

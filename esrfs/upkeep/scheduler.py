@@ -31,6 +31,7 @@ from esrfs.store.beneath import open_parent
 from esrfs.store.errors import StoreError
 from esrfs.store.identity import Identity
 from esrfs.store.layout import Store
+from esrfs.store.rules import Stamp
 from esrfs.upkeep import compact, walk
 from esrfs.upkeep.compact import CompactionUnavailable, Done, Workshop
 
@@ -95,6 +96,8 @@ class Scheduler:
         self._engine_failures = 0
         self._refusals = 0
         self._next_walk = 0.0
+        self._rules_stamp: Stamp = ()
+        self._rules_problem = ""
         self.counts: Counter[str] = Counter()
 
     # What others tell and ask.
@@ -114,8 +117,8 @@ class Scheduler:
     @property
     def state(self) -> str:
         """``running``, ``paused``, ``off`` (nothing runs on its own), or ``stopped: REASON``."""
-        if self._stopped_because:
-            return f"stopped: {self._stopped_because}"
+        if self._stopped_because or self._rules_problem:
+            return f"stopped: {self._stopped_because or self._rules_problem}"
         if is_paused(self._store):
             return "paused"
         return "off" if self._thread is None else "running"
@@ -173,6 +176,9 @@ class Scheduler:
 
     def _step(self) -> float:
         """Compact what is due; the seconds after which to look again."""
+        self._look_at_rules()
+        if self._rules_problem:
+            return _TICK_SECONDS
         now = time.monotonic()
         if now >= self._next_walk:
             self._next_walk = now + _WALK_SECONDS
@@ -187,20 +193,35 @@ class Scheduler:
             self._take_turn(path, waiting)
         return _TICK_SECONDS
 
+    def _look_at_rules(self) -> None:
+        """When the owner's rules have changed, every file is looked at again; what they refused may be wanted now."""
+        stamp = self._workshop.rules.stamp
+        if stamp == self._rules_stamp:
+            return
+        self._rules_stamp, self._rules_problem, self._next_walk = stamp, "", 0.0
+        try:
+            self._workshop.rules.decide("")
+        except (StoreError, OSError) as error:
+            self._rules_problem = str(error)
+            log.error("compaction of %s waits: %s", self._store.path, error)
+
     def _find_originals(self) -> None:
         """Queue every file that is no blob and has no verdict."""
         found = 0
         for each in walk.files(self._store):
             if self._ending:
                 return
-            if self._looks_open(each.st):
+            if self._looks_open(each.path, each.st):
                 self._enqueue(each.path, each.st)
                 found += 1
         log.debug("a walk of the store found %d files to look at", found)
 
-    def _looks_open(self, st: os.stat_result) -> bool:
-        """Whether this file may have to be compacted: nothing is known of its present content."""
-        return st.st_size > 0 and self._workshop.catalog.get(Identity.from_stat(st)) is None
+    def _looks_open(self, path: str, st: os.stat_result) -> bool:
+        """Whether this file may have to be compacted."""
+        try:
+            return st.st_size > 0 and self._workshop.may_be_compacted(path, Identity.from_stat(st))
+        except (StoreError, OSError):
+            return False
 
     def _enqueue(self, path: str, st: os.stat_result) -> None:
         identity = Identity.from_stat(st)
@@ -314,7 +335,8 @@ class Scheduler:
         Raises OSError for a path that does not exist, CompactionUnavailable.
         """
         compact.check_available(self._store)
-        found = [(each.path, each.st) for each in walk.files(self._store, paths) if self._looks_open(each.st)]
+        everything = walk.files(self._store, paths)
+        found = [(each.path, each.st) for each in everything if self._looks_open(each.path, each.st)]
         for path, st in found:
             self._enqueue(path, st)
         with self._changed:
