@@ -63,7 +63,7 @@ def rebuild(recipe: Recipe, avif: bytes, infer: Infer) -> bytes:
     if isinstance(recipe.coding, Verbatim):
         return recipe_format.expand(recipe.prefix) + recipe_format.expand(recipe.suffix)
     if isinstance(recipe.coding, JpegXlCoding):
-        return _turned_back(recipe, avif)
+        return _turned_back(recipe, recipe.coding, avif)
     plan = Plan(
         width=recipe.width,
         height=recipe.height,
@@ -83,10 +83,10 @@ def rebuild(recipe: Recipe, avif: bytes, infer: Infer) -> bytes:
     return b"".join((recipe_format.expand(recipe.prefix), scan, recipe_format.expand(recipe.suffix)))
 
 
-def _turned_back(recipe: Recipe, picture: bytes) -> bytes:
+def _turned_back(recipe: Recipe, coding: JpegXlCoding, picture: bytes) -> bytes:
     """The original, out of the JPEG XL that holds it. Never another: raises ReconstructionError."""
     try:
-        scan = jpegxl.scan(picture, recipe.scan_length)
+        scan = jpegxl.scan(picture, recipe.scan_length, coding.behind)
     except ValueError as error:
         raise ReconstructionError(str(error)) from error
     view = b"".join((recipe_format.expand(recipe.prefix), scan, recipe_format.expand(recipe.suffix)))

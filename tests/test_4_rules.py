@@ -40,8 +40,8 @@ def test_lossless_blobs_come_back_bit_for_bit(mounted: Mounted, photographs: Pat
         assert (known["state"], known["preset"], known["format"]) == ("blob", "lossless", "jpeg")
         assert known["sha256_view"] == known["sha256_original"] == hashlib.sha256(source).hexdigest()
         assert (mounted.store / name).stat().st_size < 0.95 * len(source)
-        with view.open("rb") as file:
-            assert file.read(512) == source[:512]
+        with view.open("rb", buffering=0) as file:
+            assert file.read(128) == source[:128]
         assert mounted.status()["engine_calls"] == calls  # the head comes from the recipe
         assert view.read_bytes() == source
         calls += 1

@@ -64,9 +64,13 @@ class Verbatim(msgspec.Struct, frozen=True, tag="verbatim"):
 
 class JpegXlCoding(msgspec.Struct, frozen=True, tag="jpegxl"):
     """Nothing was lost: the blob's picture is a JPEG XL (ISO/IEC 18181) that holds a JPEG which was transcoded, and
-    with it what it takes to write that JPEG again byte for byte (the box ``jbrd``). The scan is its last bytes before
-    EOI: all that follows the first SOS segment, further scans and their tables included. ``prefix`` and ``suffix`` hold
-    the rest of the original, so the transcoded JPEG has no metadata. The view is the original."""
+    with it what it takes to write that JPEG again byte for byte (the box ``jbrd``). The transcoded JPEG has no
+    metadata; its end is the original's from the first scan to EOI. The scan is cut out of it; ``prefix`` and ``suffix``
+    hold the rest of the original, and some of the scans' first and last bytes, so that programs which look at a file's
+    head or tail cause no work. The view is the original."""
+
+    behind: int
+    """Bytes of the transcoded JPEG that follow the scan, EOI included."""
 
 
 PictureCoding = JpegCoding | PngCoding

@@ -63,7 +63,7 @@ def _blob(original: bytes, policy: Policy, transcoded: Transcoded, note: str) ->
         network="",
         network_sha256=b"",
         quality=100,
-        coding=JpegXlCoding(),
+        coding=JpegXlCoding(behind=transcoded.behind),
         prefix=[Literal(transcoded.prefix)],
         scan_length=transcoded.scan_length,
         suffix=[Literal(transcoded.suffix)],

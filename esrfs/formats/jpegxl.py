@@ -15,10 +15,13 @@ import imagecodecs
 
 from esrfs.compaction.outcome import Reason
 from esrfs.formats.pixels import check_dimensions
-from esrfs.formats.view import Unsupported
+from esrfs.formats.view import TAIL_BYTES, Unsupported
 
 SIGNATURE = b"\x00\x00\x00\x0cJXL \r\n\x87\n"
 
+_HEAD_BLOCKS = (65536, 16384, 4096)
+_LITTLE = 100
+"""The file's size divided by this is little."""
 _EOI, _SOS, _DNL = 0xD9, 0xDA, 0xDC
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _KEPT_BY_THE_CALLER = frozenset(range(0xE1, 0xF0)) - {0xEE} | {0xFE}
@@ -32,11 +35,13 @@ class Transcoded:
 
     picture: bytes
     prefix: bytes
-    """All before the first scan's first byte."""
+    """All before the first scan, and some of it."""
     scan_length: int
     """Bytes of :func:`scan`."""
+    behind: int
+    """Bytes of the transcoded JPEG that follow the scan."""
     suffix: bytes
-    """EOI and all that follows."""
+    """The scans' last bytes, EOI and all that follows."""
     width: int
     height: int
 
@@ -53,16 +58,26 @@ def transcode(data: bytes, max_megapixels: float) -> Transcoded:
     bare = b"".join((b"\xff\xd8", *kept, data[start:end], b"\xff\xd9"))
     try:
         picture = bytes(imagecodecs.jpegxl_encode_jpeg(bare))
-        same = scan(picture, end - start) == data[start:end]
+        same = scan(picture, end - start, behind=2) == data[start:end]
     except (imagecodecs.JpegxlError, ValueError) as error:
         raise Unsupported(Reason.UNSUPPORTED_KIND, f"JPEG XL can't hold this JPEG ({error})", "jpeg") from error
     if not same or not picture.startswith(SIGNATURE):
         raise Unsupported(Reason.ERROR, "JPEG XL doesn't give this JPEG back byte for byte", "jpeg")
-    return Transcoded(picture, data[:start], end - start, data[end:], width, height)
+    first, last = _without_work(start, end, len(data))
+    return Transcoded(picture, data[:first], last - first, end - last + 2, data[last:], width, height)
 
 
-def scan(picture: bytes, length: int) -> bytes:
-    """The scan of the JPEG within a JPEG XL: its last ``length`` bytes before EOI.
+def _without_work(start: int, end: int, size: int) -> tuple[int, int]:
+    """Which part of the scans is left to the engine: what programs read with a file's head and tail is kept beside the
+    JPEG XL, where that costs little. Reads come in pages, read-ahead in larger blocks."""
+    unit = max((unit for unit in _HEAD_BLOCKS if unit <= size / _LITTLE), default=1)
+    tail = TAIL_BYTES if size / _LITTLE >= TAIL_BYTES else 0
+    first, last = -(-start // unit) * unit, end - tail
+    return (first, last) if first < last else (start, end)
+
+
+def scan(picture: bytes, length: int, behind: int) -> bytes:
+    """Of the JPEG within a JPEG XL: the ``length`` bytes that have ``behind`` bytes after them.
 
     Raises ValueError if there is no such JPEG.
     """
@@ -70,9 +85,9 @@ def scan(picture: bytes, length: int) -> bytes:
         bare = bytes(imagecodecs.jpegxl_decode_jpeg(picture, numthreads=0))
     except imagecodecs.JpegxlError as error:
         raise ValueError(f"the JPEG XL can't be turned back into its JPEG: {error}") from error
-    if len(bare) < length + 4:
+    if len(bare) < length + behind:
         raise ValueError(f"the JPEG XL holds a JPEG of {len(bare)} bytes, too few for a scan of {length}")
-    return bare[-2 - length : -2]
+    return bare[len(bare) - behind - length : len(bare) - behind]
 
 
 def _before_scan(data: bytes) -> tuple[list[bytes], int, int, int]:
