@@ -123,7 +123,7 @@ def compact(
     """
     if policy.preset == LOSSLESS:
         return lossless.compact(original, policy)
-    outcome = _at_a_loss(original, policy, network, infer, checkpoint, reference_key)
+    outcome = _at_a_loss(original, policy, network, infer, checkpoint, reference_key=reference_key)
     checkpoint()
     return lossless.where_better(original, policy, outcome)
 
@@ -134,6 +134,7 @@ def _at_a_loss(
     network: NetworkRef | None,
     infer: Infer,
     checkpoint: Callable[[], None],
+    *,
     reference_key: bytes,
 ) -> Outcome:
     wanted = gate.thresholds(policy.preset)
