@@ -182,7 +182,6 @@ def test_originals_are_found_by_content_newest_first(store):
     keep(store, b"two", day=2)
     found = originals.find(store, hashlib.sha256(b"one").digest())
     assert [kept.day for kept in found] == [3, 1]
-    assert originals.total_bytes(store) >= 3 * 512
     fd = originals.open_verified(store, found[0])
     assert os.read(fd, 9) == b"one"
     os.close(fd)

@@ -187,10 +187,6 @@ class Ticket(Generic[_T]):
         """Nobody waits for it just now: the job becomes read-ahead, unless somebody else waits for the same."""
         self._engine._move(self, Lane.READ_AHEAD)
 
-    def promote(self) -> None:
-        """Somebody waits for it again."""
-        self._engine._move(self, Lane.INTERACTIVE)
-
     def release(self) -> None:
         """Give up this share; may be called twice. When the last one is given up, an unfinished job is cancelled."""
         self._engine._move(self, None)
@@ -292,14 +288,6 @@ class Engine:
             self._warm_up = True
             self._idle_since = time.monotonic()
             self._wake_dispatcher()
-
-    def shutdown_if_idle(self) -> bool:
-        """End the worker now if it has nothing to do. True if none is left."""
-        with self._lock:
-            if self._waiting or self._in_flight:
-                return False
-            self._retire()
-            return True
 
     def close(self) -> None:
         """End the worker at once; who waits gets EngineError. May be called twice."""

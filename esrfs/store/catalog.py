@@ -69,13 +69,6 @@ class Entry:
     any."""
 
 
-@dataclass(frozen=True, slots=True)
-class Count:
-    files: int
-    view_bytes: int
-    stored_bytes: int
-
-
 class Catalog:
     """Thread-safe; one lock around one connection, which serves short statements only."""
 
@@ -108,6 +101,7 @@ class Catalog:
         self._run(lambda c: c.execute(f"INSERT OR REPLACE INTO entries VALUES ({marks})", values), None)
 
     def set_path(self, identity: Identity, path: str) -> None:
+        """The inode was found by another name."""
         dev, ino, *_ = _key(identity)
         self._run(
             lambda c: c.execute("UPDATE entries SET path=? WHERE dev=? AND ino=?", (os.fsencode(path), dev, ino)), None
@@ -117,12 +111,6 @@ class Catalog:
         """Drop what is known about this inode."""
         dev, ino, *_ = _key(identity)
         self._run(lambda c: c.execute("DELETE FROM entries WHERE dev=? AND ino=?", (dev, ino)), None)
-
-    def counts(self) -> dict[str, Count]:
-        """For each state: files, bytes of their views, bytes stored. Includes entries of files that are gone by now."""
-        statement = "SELECT state, count(*), sum(view_size), sum(stored_bytes) FROM entries GROUP BY state"
-        rows: list[tuple[str, int, int, int]] = self._run(lambda c: c.execute(statement).fetchall(), [])
-        return {state: Count(files, view, stored) for state, files, view, stored in rows}
 
     def entries(self, state: str | None = None) -> Iterator[tuple[Identity, Entry]]:
         """All entries, or those of one state, in no order; read in one go."""
@@ -134,17 +122,6 @@ class Catalog:
             rows = self._run(lambda c: c.execute(f"{statement} WHERE state=?", (state,)).fetchall(), [])
         for row in rows:
             yield Identity(_unsigned(row[0]), _unsigned(row[1]), *row[2:5]), _entry(row[5:])
-
-    def keep_only(self, alive: set[tuple[int, int]]) -> int:
-        """Drop entries of inodes not in ``alive`` (device, inode), after a walk of the store; returns how many."""
-
-        def prune(connection: sqlite3.Connection) -> int:
-            rows = connection.execute("SELECT dev, ino FROM entries").fetchall()
-            gone = [row for row in rows if (_unsigned(row[0]), _unsigned(row[1])) not in alive]
-            connection.executemany("DELETE FROM entries WHERE dev=? AND ino=?", gone)
-            return len(gone)
-
-        return self._run(prune, 0)
 
     def close(self) -> None:
         with self._lock, contextlib.suppress(sqlite3.Error):

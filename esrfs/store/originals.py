@@ -110,16 +110,6 @@ def days_left(store: Store, kept: Kept, today: int | None = None) -> int:
     return max(0, store.config.undo_days - age(store, kept, today))
 
 
-def total_bytes(store: Store) -> int:
-    """What the window occupies, found files included (st_blocks × 512)."""
-    total = 0
-    with os.scandir(store.originals_fd) as listing:
-        for entry in listing:
-            with contextlib.suppress(FileNotFoundError):
-                total += entry.stat(follow_symlinks=False).st_blocks * 512
-    return total
-
-
 @dataclass(frozen=True)
 class Purge:
     names: list[str]

@@ -211,10 +211,41 @@ class Scheduler:
         for each in walk.files(self._store):
             if self._ending:
                 return
+            self._follow(each.path, each.st)
             if self._looks_open(each.path, each.st):
                 self._enqueue(each.path, each.st)
                 found += 1
         log.debug("a walk of the store found %d files to look at", found)
+        self._forget_the_gone()
+
+    def _follow(self, path: str, st: os.stat_result) -> None:
+        """Keep the catalog's path of a file that was moved."""
+        if st.st_nlink > 1:
+            return
+        identity = Identity.from_stat(st)
+        known = self._workshop.catalog.get(identity)
+        if known is not None and known.path != path:
+            self._workshop.catalog.set_path(identity, path)
+
+    def _forget_the_gone(self) -> None:
+        """Drop from the catalog what no name leads to any more. What somebody brought back from the undo window stays:
+        a file that is being renamed just now must not be compacted again for that."""
+        catalog = self._workshop.catalog
+        for identity, entry in catalog.entries():
+            if self._ending:
+                return
+            if entry.state != "original" and self._is_gone(identity, entry.path):
+                catalog.forget(identity)
+
+    def _is_gone(self, identity: Identity, path: str) -> bool:
+        try:
+            with open_parent(self._store.root_fd, path) as (directory, name):
+                st = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:
+            return False
+        return (st.st_dev, st.st_ino) != (identity.dev, identity.ino)
 
     def _looks_open(self, path: str, st: os.stat_result) -> bool:
         """Whether this file may have to be compacted."""
