@@ -116,6 +116,21 @@ def test_compact_round_trip_through_safetensors(scale: int, activation: str) -> 
     assert np.array_equal(network(PICTURE), _plain(model, PICTURE))
 
 
+def test_a_header_whose_length_looks_like_a_pickle() -> None:
+    """0x…80 is how a pickle begins; one in 32 files has such a length."""
+    model = _random("SRVGGNetCompact", num_feat=8, num_conv=1, upscale=2, act_type="relu")
+    seen = set()
+    for length in range(0, 256, 4):
+        description = specs.NetworkSpec(
+            name="x" * length, architecture="SRVGGNetCompact", scale=2, margin=3,
+            arguments={"num_feat": 8, "num_conv": 1, "upscale": 2, "act_type": "relu"},
+        )  # fmt: skip
+        data = loading.save(description, model.state_dict())
+        seen.add(data[0])
+        assert loading.read(data)[0] == description
+    assert 0x80 in seen
+
+
 def test_tiles_with_the_margin_join_without_a_trace() -> None:
     network = loading.load(registry.find("lite-x2").read_bytes())
     m = network.margin

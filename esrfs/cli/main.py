@@ -37,6 +37,7 @@ COMMANDS = {
     "weights": "weights",
     "upscale": "weights",
     "install-units": "installing",
+    "train": "training",
 }
 """Each command's module: only the one that is asked for is imported, which halves the time that it takes to mount."""
 

@@ -89,6 +89,40 @@ def add(
         raise CommandError(str(error), ExitCode.NETWORK) from error
 
 
+@weights.command()
+def interpolate(
+    fidelity: Annotated[str, typer.Argument(metavar="A", help="The faithful network: its name or file.")],
+    adversarial: Annotated[str, typer.Argument(metavar="B", help="Its adversarial partner.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="C", help="A safetensors file, named as the network.")],
+    texture: Annotated[float, typer.Option(min=0, max=1, help="0 is A, 1 is B.")] = 0.5,
+) -> None:
+    """Mix two networks into one between them: sharper than A, more faithful than B."""
+    if out.suffix.lower() != ".safetensors":
+        raise CommandError(f"{out}: the result is a safetensors file; end its name in .safetensors", ExitCode.USAGE)
+    from esrfs.networks.interpolation import interpolate as mixed  # noqa: PLC0415 (torch, for this command only)
+
+    try:
+        data = mixed(_read(fidelity), _read(adversarial), texture, out.stem)
+    except (ValueError, WeightsError) as error:
+        raise CommandError(str(error), ExitCode.NETWORK) from error
+    _write(out, data)
+    show.line(f"{out}; `esrfs weights add {out}` makes it known by the name {out.stem}")
+
+
+def _read(network: str) -> bytes:
+    """Of a name, or of a file if it looks like one."""
+    return (Path(network) if Path(network).suffix in registry.SUFFIXES else registry.find(network)).read_bytes()
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def upscale(
     image: Annotated[Path, typer.Argument(metavar="IMAGE")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="A PNG file.")],
@@ -111,9 +145,4 @@ def upscale(
         raise CommandError(f"{image}: {error}", ExitCode.ENGINE) from error
     finally:
         engine.close()
-    partial = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(enlarged)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    _write(out, enlarged)

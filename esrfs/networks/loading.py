@@ -91,7 +91,9 @@ def load(data: bytes, *, device: str | torch.device = "cpu", name: str = "") -> 
 
 def read(data: bytes, *, name: str = "") -> tuple[NetworkSpec, dict[str, Tensor]]:
     """The description and the tensors of a weights file, safetensors or ``.pth``. Raises ValueError."""
-    if data[:2] == b"PK" or data[:1] == b"\x80":  # torch.save: a zip, or a pickle before torch 1.6
+    # torch.save writes a zip, or a pickle before torch 1.6. The length of a safetensors header can begin with the same
+    # bytes, but then its JSON follows.
+    if data[8:9] != b"{" and (data[:2] == b"PK" or data[:1] == b"\x80"):
         return _read_official(data, name)
     try:
         tensors = safetensors.torch.load(data)

@@ -1,52 +1,49 @@
-"""``python -m esrfs.train``: train a compact network for a store, from a folder of photographs.
+"""``esrfs train``, as a process of its own (it needs torch, which the command line never imports).
 
-Stop it at any time; the same command goes on where the last checkpoint was written.
+Stop it at any time, with Ctrl-C or SIGTERM; the same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import hashlib
+import signal
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
+import platformdirs
 import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from esrfs.train.degradation import Degradation, find_photographs, make_pairs
-from esrfs.train.fidelity import Plan, train
+from esrfs.exit_codes import ExitCode
+from esrfs.networks import loading, registry
+from esrfs.networks.registry import WeightsError
+from esrfs.train import curves, features, loop, photographs, settings
+from esrfs.train.settings import Training, TrainingError
 
 
 def main(  # noqa: PLR0917 (typer calls it by name)
-    data: Annotated[Path, typer.Option(help="Folder of photographs, searched with its subfolders.")],
-    out: Annotated[Path, typer.Option(help="The network, as safetensors; OUT.checkpoint beside it is for resuming.")],
-    name: Annotated[str, typer.Option(help="The network's name; OUT's without its suffix if not given.")] = "",
-    scale: Annotated[int, typer.Option(min=1, max=4)] = 2,
-    channels: int = 32,
-    convolutions: Annotated[int, typer.Option(help="Inner 3×3 convolutions; there are two more.")] = 4,
-    activation: Annotated[str, typer.Option(help="prelu, relu or leakyrelu.")] = "prelu",
-    steps: int = 10_000,
-    seed: int = 0,
-    batch: int = 16,
-    patch: Annotated[int, typer.Option(help="Edge of a downscaled patch, pixels.")] = 48,
-    learning_rate: float = 1e-3,
-    coded: Annotated[int, typer.Option(help="AVIF versions of each photograph, beside the clean one.")] = 3,
-    quality: Annotated[tuple[int, int], typer.Option(help="Range of their AVIF quality.")] = (50, 90),
-    save_every: int = 500,
-    threads: Annotated[int, typer.Option(help="CPU threads; part of what makes a run repeatable.")] = 2,
+    what: Annotated[str, typer.Argument(metavar="SETTINGS")],
+    data: Annotated[Path, typer.Option()],
+    out: Annotated[Path, typer.Option()],
+    cache: Annotated[Path | None, typer.Option()] = None,
+    device: str = "auto",
+    threads: int = 2,
+    workers: int = 1,
+    until: int | None = None,
+    vgg19: Annotated[Path | None, typer.Option()] = None,
 ) -> None:
+    """The options are explained in esrfs/cli/training.py."""
     torch.set_num_threads(threads)
-    degradation = Degradation(scale, coded, *quality)
-    plan = Plan(
-        name=name or out.stem,
-        architecture="SRVGGNetCompact",
-        arguments={"num_feat": channels, "num_conv": convolutions, "upscale": scale, "act_type": activation},
-        degradation=degradation,
-        steps=steps,
-        seed=seed,
-        batch=batch,
-        patch=patch,
-        learning_rate=learning_rate,
-    )
+    stopping = _stop_between_steps()
+    path = Path(what)
+    if not path.suffix:
+        path = registry.shipped_directory() / "training" / f"{what}.toml"
+    training = settings.read(path)
+    chosen = _device(device)
+    total = sum(stage.steps for stage in training.stages)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -56,22 +53,88 @@ def main(  # noqa: PLR0917 (typer calls it by name)
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns) as bars:
-        photographs = find_photographs(data)
-        preparing = bars.add_task("shrinking photographs", total=len(photographs), note="")
-        pairs = make_pairs(photographs, degradation, seed, lambda: bars.advance(preparing))
-        training = bars.add_task("training", total=steps, note="")
-        recent = 0.0
+        inputs = _inputs(training, data, cache or platformdirs.user_cache_path("esrfs") / "training", vgg19, bars)
+        if inputs.perceptual is not None:
+            bars.console.print(f"perceptual loss: {inputs.perceptual.description}")
+        task = bars.add_task(f"training {training.stages[-1].name}", total=total, note="")
+        recent: dict[str, float] = {}
 
-        def progress(step: int, loss: float) -> None:
-            nonlocal recent
-            recent = loss if not recent else 0.99 * recent + 0.01 * loss
-            bars.update(training, completed=step, note=f"L1 {recent:.5f}")
-            if step % save_every == 0:
-                bars.console.print(f"step {step}: L1 {recent:.5f}")
+        def progress(step: int, losses: dict[str, float]) -> None:
+            for name, loss in losses.items():
+                recent[name] = 0.99 * recent.get(name, loss) + 0.01 * loss
+            note = " ".join(f"{name} {recent[name]:.4f}" for name in losses)
+            bars.update(task, completed=step, note=note)
 
-        train(plan, pairs, out, save_every=save_every, progress=progress)
-    typer.echo(f"{out} is written")
+        def validated(step: int, figures: dict[str, float]) -> None:
+            note = " ".join(f"{name} {recent[name]:.5f}" for name in recent)
+            bars.console.print(
+                f"step {step}: {note}; set aside: Y-PSNR {figures['psnr']:.2f} dB ({figures['gain']:+.2f} over "
+                f"bicubic), SSIMULACRA2 {figures['ssimulacra2']:.2f}"
+            )
+
+        loop.train(
+            training,
+            inputs,
+            out,
+            device=chosen,
+            workers=workers,
+            until=until,
+            stop=lambda: bool(stopping),
+            progress=progress,
+            validated=validated,
+        )
+    drawn = curves.draw(out)
+    for file in sorted({f"{stage.name}.safetensors" for stage in training.stages}):
+        if (out / file).exists():
+            typer.echo(f"{out / file} is written")
+    typer.echo(f"{drawn} shows its course" if drawn else "no curves: they need matplotlib (pip install 'esrfs[train]')")
+    if stopping:
+        typer.echo("stopped; the same command goes on from here")
+
+
+def _inputs(training: Training, data: Path, cache: Path, vgg19: Path | None, bars: Progress) -> loop.Inputs:
+    aside, learn = photographs.set_aside(photographs.find(data), training.validation)
+    task = bars.add_task("reading photographs", total=len(aside) + len(learn), note="")
+    loaded = [photographs.load(each, training, cache, lambda: bars.advance(task)) for each in (learn, aside)]
+    start = None
+    if training.start:
+        path = Path(training.start)
+        data_of_start = (path if path.suffix else registry.find(training.start)).read_bytes()
+        start = loading.read(data_of_start)[1]
+        bars.console.print(f"begins with {training.start}, sha256 {hashlib.sha256(data_of_start).hexdigest()[:16]}…")
+    perceptual = features.build(vgg19) if any(stage.features for stage in training.stages) else None
+    return loop.Inputs(learn=loaded[0], aside=loaded[1], start=start, perceptual=perceptual)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise TrainingError("there is no GPU that torch can use; give --device cpu")
+        torch.backends.cudnn.benchmark = True
+    return torch.device(name)
+
+
+def _stop_between_steps() -> list[int]:
+    """Filled by a signal: the step that runs is finished and kept. A second Ctrl-C ends at once."""
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, receive)
+    return received
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except KeyboardInterrupt:
+        sys.exit(ExitCode.INTERRUPTED)
+    except (TrainingError, ValueError, OSError, WeightsError) as error:
+        sys.stderr.write(f"esrfs train: {error}\n")
+        sys.exit(ExitCode.FAILED)

@@ -1,6 +1,8 @@
-"""``python -m esrfs.train.measure NETWORK FOLDER``: what a network gains over bicubic, in dB, by AVIF quality.
+"""``python -m esrfs.train.measure NETWORK FOLDER``: what a network gains over bicubic, and how many bytes over plain
+AVIF, by the planner's level of quality.
 
-Pictures are shrunk as the store does, kept clean or sent through AVIF, and enlarged whole; borders count.
+Pictures are shrunk and coded as the store does it (nothing is cropped but what the scale doesn't divide), and enlarged
+whole; borders count.
 """
 
 from __future__ import annotations
@@ -19,51 +21,114 @@ from rich.progress import track
 from rich.table import Table
 
 from esrfs.metrics.fidelity import y_psnr
+from esrfs.metrics.ssimulacra2 import Reference
 from esrfs.networks import loading
-from esrfs.train.degradation import Pixels, find_photographs, read_rgb, shrink, through_avif
+from esrfs.train.photographs import find, read_rgb
+from esrfs.train.store_degradation import Pixels, code, decode, shrink
+
+_PLAIN_LEVELS = tuple(range(8, 47, 3))
+"""Levels of full-size AVIF, between which the bytes for a score are found."""
 
 
 class Gain(msgspec.Struct, frozen=True):
-    """Y-PSNR against the original, dB."""
+    """Y-PSNR against the original, dB; what the network makes of a picture in SSIMULACRA2; bytes of the small one (0:
+    not coded)."""
 
     bicubic: float
     network: float
+    score: float
+    bytes: int
 
 
-def measure(network: loading.Network, full: Pixels, quality: int | None) -> Gain:
-    """Shrink ``full`` (H×W×3), send it through AVIF at ``quality`` (None: clean), enlarge it by bicubic and network."""
-    height, width = (size // network.scale * network.scale for size in full.shape[:2])
-    full = full[:height, :width]
+def measure(network: loading.Network, full: Pixels, level: int | None, reference: Reference | None = None) -> Gain:
+    """Shrink ``full`` (H×W×3), send it through AVIF at one of the planner's levels (None: clean), enlarge it by bicubic
+    and by the network. ``reference`` is of ``full``, if the scale divides its sides and it is at hand already."""
+    full = _divisible(full, network.scale)
+    height, width = full.shape[:2]
     small = shrink(full, network.scale)
-    if quality is not None:
-        small = through_avif(small, quality)
+    size = 0
+    if level is not None:
+        avif = code(small, level)
+        small, size = decode(avif), len(avif)
     bicubic = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
-    return Gain(y_psnr(full, bicubic), y_psnr(full, network(small[None])[0]))
+    view = network(small[None])[0]
+    score = (reference or Reference(full)).compare(view).score
+    return Gain(y_psnr(full, bicubic), y_psnr(full, view), score, size)
 
 
-def main(
+def plain_avif(full: Pixels, reference: Reference) -> list[tuple[float, int]]:
+    """(SSIMULACRA2, bytes) of full-size AVIF as compaction encodes it at scale 1, by rising score."""
+    coded = [code(full, level) for level in _PLAIN_LEVELS]
+    return sorted((reference.compare(decode(avif)).score, len(avif)) for avif in coded)
+
+
+def bytes_at(curve: Sequence[tuple[float, int]], score: float) -> float | None:
+    """Bytes for ``score`` on a curve of (score, bytes), straight lines in log bytes between; None beyond its ends."""
+    scores = [point[0] for point in curve]
+    if not scores[0] <= score <= scores[-1]:
+        return None
+    return float(np.exp(np.interp(score, scores, [np.log(point[1]) for point in curve])))
+
+
+def _divisible(full: Pixels, scale: int) -> Pixels:
+    height, width = (size // scale * scale for size in full.shape[:2])
+    return np.ascontiguousarray(full[:height, :width])
+
+
+def main(  # noqa: PLR0917 (typer calls it by name)
     weights: Annotated[Path, typer.Argument(metavar="NETWORK", help="A weights file.")],
     folder: Path,
-    quality: Annotated[Sequence[int], typer.Option(help="AVIF qualities, beside clean.")] = (90, 80, 70, 60, 50),
-    threads: int = 2,
+    level: Annotated[Sequence[int], typer.Option(help="The planner's levels, beside clean.")] = (
+        60,
+        53,
+        46,
+        39,
+        32,
+        25,
+    ),
+    plain: Annotated[bool, typer.Option(help="Compare bytes with plain AVIF, too (slow).")] = False,
+    crop: Annotated[int, typer.Option(help="Only the middle, so many pixels wide and high; 0: all of it.")] = 0,
+    threads: int = 1,
 ) -> None:
     torch.set_num_threads(threads)
     network = loading.load(weights.read_bytes(), name=weights.stem)
-    pictures = find_photographs(folder)
-    qualities: list[int | None] = [None, *quality]
-    gains: dict[int | None, list[Gain]] = {step: [] for step in qualities}
+    pictures = find(folder)
+    levels: list[int | None] = [None, *level]
+    gains: dict[int | None, list[Gain]] = {step: [] for step in levels}
+    ratios: dict[int | None, list[float]] = {step: [] for step in levels}
     for path in track(pictures, "measuring", transient=True):
         full = read_rgb(path)
-        for step in qualities:
-            gains[step].append(measure(network, full, step))
+        if crop:
+            top, left = (max(0, (size - crop) // 2) for size in full.shape[:2])
+            full = full[top : top + crop, left : left + crop]
+        full = _divisible(full, network.scale)
+        reference = Reference(full)
+        curve = plain_avif(full, reference) if plain else []
+        for step in levels:
+            gain = measure(network, full, step, reference)
+            gains[step].append(gain)
+            if curve and gain.bytes and (other := bytes_at(curve, gain.score)):
+                ratios[step].append(gain.bytes / other)
     table = Table(
-        "AVIF quality", "bicubic", "network", "gain", title=f"{network.spec.name}, {len(pictures)} pictures, dB"
+        *("level", "bicubic", "network", "gain", "SSIMULACRA2", "bytes"),
+        *(("bytes against AVIF",) if plain else ()),
+        title=f"{network.spec.name}, {len(pictures)} pictures; dB of luma",
     )
-    for step in qualities:
-        bicubic = float(np.mean([gain.bicubic for gain in gains[step]]))
-        enlarged = float(np.mean([gain.network for gain in gains[step]]))
-        name = "clean" if step is None else str(step)
-        table.add_row(name, f"{bicubic:.2f}", f"{enlarged:.2f}", f"{enlarged - bicubic:+.2f}")
+    for step in levels:
+        bicubic, enlarged, score, size = (
+            float(np.mean([getattr(gain, name) for gain in gains[step]]))
+            for name in ("bicubic", "network", "score", "bytes")
+        )
+        row = [
+            "clean" if step is None else str(step),
+            f"{bicubic:.2f}",
+            f"{enlarged:.2f}",
+            f"{enlarged - bicubic:+.2f}",
+        ]
+        row += [f"{score:.2f}", f"{size:,.0f}" if size else ""]
+        if plain and ratios[step]:
+            row.append(f"{100 * (np.exp(np.mean(np.log(ratios[step]))) - 1):+.1f} % ({len(ratios[step])} pictures)")
+        table.add_row(*row)
     Console().print(table)
 
 

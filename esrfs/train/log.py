@@ -1,0 +1,53 @@
+"""What a training tells about itself: ``log.jsonl`` in its folder, a line every few steps. Curves are drawn from it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A line."""
+
+    step: int
+    """Steps done, over all stages."""
+    stage: int
+    seconds: float
+    """Of work on this training, over all its runs."""
+    losses: dict[str, float] = {}
+    """Means over the steps since the line before."""
+    rate: float = 0.0
+    validation: dict[str, float] = {}
+    """``psnr`` and ``gain`` (dB of luma, and what of it is more than bicubic's), ``ssimulacra2``; of the averaged
+    weights, on the photographs that were set aside."""
+
+
+def read(path: Path) -> list[Entry]:
+    """All whole lines; none if the file isn't there."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    entries = []
+    for line in lines:
+        try:
+            entries.append(msgspec.json.decode(line, type=Entry))
+        except msgspec.DecodeError:
+            break  # torn by a crash
+    return entries
+
+
+def cut(path: Path, step: int) -> None:
+    """Forget what came after ``step``: a training that goes on from there says it again."""
+    entries = [entry for entry in read(path) if entry.step <= step]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(b"".join(msgspec.json.encode(entry) + b"\n" for entry in entries))
+    os.replace(partial, path)
+
+
+def append(path: Path, entries: Sequence[Entry]) -> None:
+    with path.open("ab") as file:
+        file.write(b"".join(msgspec.json.encode(entry) + b"\n" for entry in entries))

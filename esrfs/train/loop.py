@@ -1,0 +1,342 @@
+"""Train a network: stages of losses, seeded and resumable.
+
+Step n depends on the settings, n and what was learnt before, nothing else: each step's patches come from a random
+generator of its own, seeded by (seed, n), so there is no other random state to keep. Every ``save_every`` steps a
+checkpoint (weights, their moving average, discriminator, optimizers, step) replaces ``checkpoint.pt`` in the
+training's folder, and the average is exported beside it, so that there is a usable network long before the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (torch's own convention)
+
+from esrfs.metrics.differentiable import ssimulacra2
+from esrfs.networks import architectures, loading
+from esrfs.train import discriminators, export, log, validation
+from esrfs.train.features import PerceptualLoss
+from esrfs.train.photographs import Batch, Photograph, draw_batch, smallest_side
+from esrfs.train.settings import Stage, Training, TrainingError
+
+CHECKPOINT = "checkpoint.pt"
+LOG = "log.jsonl"
+
+
+class Inputs(msgspec.Struct, frozen=True, kw_only=True):
+    """What a training works with, beside its settings."""
+
+    learn: Sequence[Photograph]
+    aside: Sequence[Photograph]
+    """To measure with."""
+    start: dict[str, Tensor] | None = None
+    """Weights to begin with; None: random ones."""
+    perceptual: PerceptualLoss | None = None
+    """Needed where a stage asks for features."""
+
+    def fingerprint(self) -> str:
+        contents = b"".join(photograph.content for photograph in (*self.learn, *self.aside))
+        digest = hashlib.sha256(contents)
+        for name, value in sorted((self.start or {}).items()):
+            digest.update(name.encode() + value.float().contiguous().numpy().tobytes())
+        if self.perceptual is not None:
+            digest.update(self.perceptual.description.encode())
+        return digest.hexdigest()
+
+
+class _State:
+    """What a checkpoint holds: where the training is, and all that it has learnt."""
+
+    def __init__(self, training: Training, inputs: Inputs, device: torch.device) -> None:
+        self._training = training
+        self._device = device
+        torch.manual_seed(training.seed)
+        self.model: nn.Module = architectures.build(training.architecture, training.arguments)
+        if inputs.start is not None:
+            try:
+                self.model.load_state_dict({name: value.float() for name, value in inputs.start.items()})
+            except RuntimeError as error:
+                raise TrainingError(f"the weights to start with don't fit the network: {error}") from error
+        self.model.to(device)
+        loading.channels_last(self.model)
+        self.seconds = 0.0
+        self._begin(0)
+
+    def _begin(self, stage: int) -> None:
+        self.stage = stage
+        self.step = 0
+        """Of this stage."""
+        settings = self._training.stages[stage]
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizer = _adam(self.model)
+        self.critic: nn.Module | None = None
+        self.critic_optimizer: torch.optim.Optimizer | None = None
+        if settings.adversarial:
+            torch.manual_seed(self._training.seed + 1 + stage)
+            self.critic = discriminators.build(settings.discriminator, settings.discriminator_width).to(self._device)
+            loading.channels_last(self.critic)
+            self.critic_optimizer = _adam(self.critic)
+
+    def next_stage(self) -> None:
+        """The next stage begins with the averaged weights, and with nothing else of this one."""
+        self.model.load_state_dict(self.average.state_dict())
+        self._begin(self.stage + 1)
+
+    @property
+    def settings(self) -> Stage:
+        return self._training.stages[self.stage]
+
+    @property
+    def total(self) -> int:
+        """Steps done, over all stages."""
+        return sum(stage.steps for stage in self._training.stages[: self.stage]) + self.step
+
+    def save(self, path: Path, fingerprint: str) -> None:
+        state: dict[str, Any] = {
+            "training": msgspec.json.encode(self._training, order="sorted").decode(),
+            "inputs": fingerprint,
+            "stage": self.stage,
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        if self.critic is not None and self.critic_optimizer is not None:
+            state["critic"] = self.critic.state_dict()
+            state["critic_optimizer"] = self.critic_optimizer.state_dict()
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+    def load(self, path: Path, fingerprint: str) -> None:
+        state: dict[str, Any] = torch.load(path, map_location=self._device, weights_only=True)
+        if msgspec.json.decode(state["training"], type=Training) != self._training:
+            raise TrainingError(
+                f"{path} belongs to a training with other settings ({state['training']}); "
+                "give the same settings to go on with it, or another folder to begin anew"
+            )
+        if state["inputs"] != fingerprint:
+            raise TrainingError(
+                f"{path} was made from other photographs or starting weights; give the same ones to go on with it, or "
+                "another folder to begin anew"
+            )
+        self._begin(state["stage"])
+        self.step = state["step"]
+        self.seconds = state["seconds"]
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.critic is not None and self.critic_optimizer is not None:
+            self.critic.load_state_dict(state["critic"])
+            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+
+
+def _adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.9, 0.99))  # the rate is set at each step
+
+
+def learning_rate(stage: Stage, step: int) -> float:
+    if step < stage.warm_up:
+        return stage.learning_rate * (step + 1) / stage.warm_up
+    progress = (step - stage.warm_up) / max(1, stage.steps - stage.warm_up)
+    return float(stage.learning_rate * 0.5 * (1 + np.cos(np.pi * progress)))
+
+
+def train(
+    training: Training,
+    inputs: Inputs,
+    folder: Path,
+    *,
+    device: torch.device | None = None,
+    workers: int = 1,
+    until: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
+    validated: Callable[[int, dict[str, float]], None] = lambda step, figures: None,
+) -> list[dict[str, float]]:
+    """Train to the end of the last stage (or to step ``until``, or to where ``stop`` says True, to be resumed), going
+    on from the checkpoint in ``folder`` if there is one.
+
+    ``progress`` is called after each step with the number of steps done and its losses, ``validated`` after each look
+    at the photographs set aside. ``workers`` threads draw patches ahead. Returns the losses of these steps. On a CPU,
+    the same settings, inputs and number of torch threads give the same losses and weights, resumed or not. Raises
+    TrainingError when the checkpoint belongs to another training, or a patch is larger than a photograph.
+    """
+    device = device or torch.device("cpu")
+    largest = max(stage.patch for stage in training.stages) * training.scale
+    if smallest_side(inputs.learn) < largest:
+        raise TrainingError(
+            f"a photograph is only {smallest_side(inputs.learn)} pixels high or wide, and patches are {largest}; "
+            "take small pictures out of the folder, or make `patch` smaller"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, journal = folder / CHECKPOINT, folder / LOG
+    fingerprint = inputs.fingerprint()
+    state = _State(training, inputs, device)
+    if checkpoint.exists():
+        state.load(checkpoint, fingerprint)
+    log.cut(journal, state.total)
+    end = sum(stage.steps for stage in training.stages)
+    end = end if until is None else min(until, end)
+    losses: list[dict[str, float]] = []
+    unlogged: list[dict[str, float]] = []
+    perceptual = None if inputs.perceptual is None else inputs.perceptual.to(device)
+    before = time.monotonic()
+    with _batches(training, inputs.learn, state.total, end, workers) as batches:
+        while state.total < end:
+            if state.step == state.settings.steps:
+                state.next_stage()
+            losses.append(_step(training, state, next(batches), perceptual))
+            unlogged.append(losses[-1])
+            done = state.total
+            progress(done, losses[-1])
+            now = time.monotonic()
+            state.seconds += now - before
+            before = now
+            entries = []
+            over = state.step == state.settings.steps
+            last = done == end or stop()
+            if done % training.log_every == 0 or over or last:
+                rate = learning_rate(state.settings, state.step - 1)
+                entries.append(_entry(state, losses=_means(unlogged), rate=rate))
+                unlogged = []
+            if inputs.aside and (done % training.validate_every == 0 or over):
+                figures = validation.measure(training, state.average, inputs.aside, device)
+                entries.append(_entry(state, validation=figures))
+                validated(done, figures)
+            log.append(journal, entries)
+            if done % training.save_every == 0 or over or last:
+                state.save(checkpoint, fingerprint)
+                features = inputs.perceptual.description if inputs.perceptual is not None else ""
+                export.write(
+                    training,
+                    state.average,
+                    folder,
+                    stage=state.stage,
+                    steps=state.step,
+                    features=features,
+                    entries=log.read(journal),
+                )
+            if last:
+                break
+    return losses
+
+
+def _entry(state: _State, **fields: Any) -> log.Entry:
+    return log.Entry(step=state.total, stage=state.stage, seconds=round(state.seconds, 1), **fields)
+
+
+def _means(losses: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([each[name] for each in losses if name in each])) for name in losses[-1]}
+
+
+@contextlib.contextmanager
+def _batches(
+    training: Training, photographs: Sequence[Photograph], begin: int, end: int, workers: int
+) -> Iterator[Iterator[Batch]]:
+    """Patches for steps ``begin`` to ``end``, drawn by threads while the steps before them run."""
+    stages = [stage for stage in training.stages for _ in range(stage.steps)]
+
+    def draw(step: int) -> Batch:
+        return draw_batch(photographs, training, stages[step], np.random.default_rng([training.seed, 1, step]))
+
+    def each() -> Iterator[Batch]:
+        ahead: deque[Future[Batch]] = deque()
+        for step in range(begin, end):
+            ahead.append(pool.submit(draw, step))
+            if len(ahead) > workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield each()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _tensor(pixels: np.ndarray, device: torch.device) -> Tensor:
+    x = torch.from_numpy(pixels).to(device, non_blocking=True)
+    return x.permute(0, 3, 1, 2).float().div_(255)  # NHWC permuted is channels_last already
+
+
+def _step(training: Training, state: _State, batch: Batch, perceptual: PerceptualLoss | None) -> dict[str, float]:
+    stage = state.settings
+    device = next(state.model.parameters()).device
+    small, full = _tensor(batch.small, device), _tensor(batch.full, device)
+    rate = learning_rate(stage, state.step)
+    for optimizer in filter(None, (state.optimizer, state.critic_optimizer)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+    if state.critic is not None:
+        state.critic.requires_grad_(False)
+    with _precision(training, device):
+        rebuilt = state.model(small)
+    rebuilt = rebuilt.float()
+    terms: dict[str, Tensor] = {}
+    total = torch.zeros((), device=device)
+    if stage.l1:
+        terms["l1"] = F.l1_loss(rebuilt, full)
+        total = total + stage.l1 * terms["l1"]
+    if stage.ssimulacra2:
+        terms["ssimulacra2"] = (100 - ssimulacra2(full, rebuilt)).mean() / 100
+        total = total + stage.ssimulacra2 * terms["ssimulacra2"]
+    if stage.features:
+        assert perceptual is not None
+        with _precision(training, device):
+            terms["features"] = perceptual(rebuilt, full).float()
+        total = total + stage.features * terms["features"]
+    if state.critic is not None:
+        with _precision(training, device):
+            real, fake = state.critic(full), state.critic(rebuilt)
+        terms["adversarial"] = discriminators.relativistic(fake.float(), real.float())
+        total = total + stage.adversarial * terms["adversarial"]
+    state.optimizer.zero_grad(set_to_none=True)
+    total.backward()  # type: ignore[no-untyped-call]
+    state.optimizer.step()
+    if state.critic is not None and state.critic_optimizer is not None:
+        state.critic.requires_grad_(True)
+        with _precision(training, device):
+            real, fake = state.critic(full), state.critic(rebuilt.detach())
+        terms["critic"] = discriminators.relativistic(real.float(), fake.float())
+        state.critic_optimizer.zero_grad(set_to_none=True)
+        terms["critic"].backward()  # type: ignore[no-untyped-call]
+        state.critic_optimizer.step()
+    decay = min(stage.average, (state.step + 1) / (state.step + 10))
+    with torch.no_grad():
+        averaged: list[Tensor] = list(state.average.parameters())
+        values: list[Tensor] = list(state.model.parameters())
+        torch._foreach_lerp_(averaged, values, 1 - decay)
+    state.step += 1
+    found = torch.stack([term.detach() for term in terms.values()]).tolist()  # one wait for the device, not several
+    losses = dict(zip(terms, found, strict=True))
+    if not all(np.isfinite(value) for value in losses.values()):
+        raise TrainingError(
+            f"the losses at step {state.total} aren't numbers any more ({losses}); begin again from the last "
+            "checkpoint with a lower learning rate"
+        )
+    return losses
+
+
+def _precision(training: Training, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if device.type == "cuda" and training.precision == "mixed" and torch.cuda.is_bf16_supported():
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()

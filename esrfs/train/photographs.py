@@ -1,0 +1,117 @@
+"""The photographs to learn from, and random patches of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from esrfs.train import real_esrgan, store_degradation
+from esrfs.train.settings import RealEsrganDegradation, Stage, Training, TrainingError
+
+Pixels = npt.NDArray[np.uint8]
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+
+
+class Photograph(msgspec.Struct, frozen=True):
+    content: bytes
+    """SHA-256 of the pixels."""
+    full: Pixels
+    """H×W×3, RGB; H and W multiples of the scale."""
+    small: tuple[Pixels, ...]
+    """Versions of the downscaled picture, (H/scale)×(W/scale)×3: clean first, then coded ones. Empty where the
+    degradation is drawn anew for each patch."""
+
+
+class Batch(msgspec.Struct, frozen=True):
+    small: Pixels
+    """N×patch×patch×3."""
+    full: Pixels
+    """N×(patch·scale)×(patch·scale)×3."""
+
+
+def find(folder: Path) -> list[Path]:
+    """Every picture under ``folder``, in the same order on every filesystem. Raises TrainingError if there is none."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise TrainingError(f"{folder} holds no pictures to train on ({', '.join(sorted(SUFFIXES))})")
+    return found
+
+
+def set_aside(paths: Sequence[Path], count: int) -> tuple[list[Path], list[Path]]:
+    """``count`` photographs to measure with and the rest to learn from. By the hash of the names, so that adding
+    photographs later moves few of them from one side to the other. At least one stays to learn from."""
+    count = min(count, len(paths) - 1)
+    by_hash = sorted(paths, key=lambda path: hashlib.sha256(path.name.encode()).digest())
+    aside = set(by_hash[:count])
+    return [path for path in paths if path in aside], [path for path in paths if path not in aside]
+
+
+def read_rgb(path: Path) -> Pixels:
+    """Raises TrainingError when the file is no picture."""
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise TrainingError(f"{path} can't be read as a picture ({error}); take it out of the folder") from error
+
+
+def load(
+    paths: Sequence[Path], training: Training, cache: Path, progress: Callable[[], None] = lambda: None
+) -> list[Photograph]:
+    """Read photographs and make their small versions; the same for the same seed. What AVIF makes of a picture is kept
+    in ``cache`` and not made again. ``progress`` is called once for each."""
+
+    def one(path: Path) -> Photograph:
+        scale = training.scale
+        full = read_rgb(path)
+        full = np.ascontiguousarray(full[: full.shape[0] // scale * scale, : full.shape[1] // scale * scale])
+        content = hashlib.sha256(full.tobytes()).digest()
+        small: tuple[Pixels, ...] = ()
+        if not isinstance(training.degradation, RealEsrganDegradation):
+            # By the picture's content: the versions of one don't depend on which others are there.
+            small = store_degradation.versions(
+                full, content, scale, training.degradation, seed=training.seed, cache=cache
+            )
+        progress()
+        return Photograph(content, full, small)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, paths))
+
+
+def smallest_side(photographs: Sequence[Photograph]) -> int:
+    return min(int(side) for photograph in photographs for side in photograph.full.shape[:2])
+
+
+def draw_batch(photographs: Sequence[Photograph], training: Training, stage: Stage, rng: np.random.Generator) -> Batch:
+    """Random patches of random photographs, flipped and turned, and what the degradation makes of them."""
+    scale, patch = training.scale, stage.patch
+    size = patch * scale
+    small = np.empty((stage.batch, patch, patch, 3), np.uint8)
+    full = np.empty((stage.batch, size, size, 3), np.uint8)
+    for index in range(stage.batch):
+        photograph = photographs[int(rng.integers(len(photographs)))]
+        height, width = photograph.full.shape[0] // scale, photograph.full.shape[1] // scale
+        version = int(rng.integers(max(1, len(photograph.small))))
+        top, left = int(rng.integers(height - patch + 1)), int(rng.integers(width - patch + 1))
+        turn, mirror = int(rng.integers(4)), bool(rng.integers(2))
+        cut = photograph.full[top * scale : top * scale + size, left * scale : left * scale + size]
+        full[index] = _turned(cut, turn, mirror)
+        if isinstance(training.degradation, RealEsrganDegradation):
+            small[index] = real_esrgan.degrade(full[index], scale, training.degradation.second_order, rng)
+        else:
+            small[index] = _turned(photograph.small[version][top : top + patch, left : left + patch], turn, mirror)
+    return Batch(small, full)
+
+
+def _turned(pixels: Pixels, turn: int, mirror: bool) -> Pixels:
+    turned = np.rot90(pixels, turn)
+    return turned[:, ::-1] if mirror else turned

@@ -1,0 +1,137 @@
+"""What decides how a training turns out: a TOML file, read and checked here and nowhere else.
+
+The files of the shipped networks lie in ``weights/training``; docs/training.md explains them to people. Together with
+the photographs, the device and the number of threads, a file decides every number that a training writes.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from esrfs.networks.spec import Architecture
+
+
+class TrainingError(ValueError):
+    """For people: which setting, file or folder, what is wrong with it, what to do."""
+
+
+class StoreDegradation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="store"):
+    """What a store does to a picture: Pillow's bicubic reduction, then AVIF as compaction encodes it."""
+
+    versions: int = 3
+    """AVIF versions of each photograph, beside the clean one: n / (n + 1) of the patches are coded."""
+    levels: tuple[int, int] = (24, 58)
+    """The planner's levels of quality, drawn evenly from this range, both ends included."""
+
+
+class RealEsrganDegradation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="real-esrgan"):
+    """Unknown damage, drawn anew for each patch: blur, resizing, noise and JPEG, twice (arXiv 2107.10833)."""
+
+    second_order: bool = True
+    """All of it twice, as in Real-ESRGAN; once is the older practice."""
+
+
+Degradation = StoreDegradation | RealEsrganDegradation
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One part of a training: its own losses, optimizer and learning rate; it begins where the one before ended."""
+
+    name: str
+    """Of the network that this stage exports; stages of one name replace each other's."""
+    steps: int
+    batch: int = 16
+    patch: int = 48
+    """Edge of a patch of the small picture, pixels."""
+    learning_rate: float = 1e-3
+    """Peak: reached after ``warm_up`` steps, then falling to 0 along half a cosine."""
+    warm_up: int = 100
+    average: float = 0.999
+    """Decay of the moving average of weights; it starts lower, so that early exports aren't the first weights."""
+
+    l1: float = 1.0
+    """Weight of the mean absolute difference, of values in 0 to 1."""
+    ssimulacra2: float = 0.0
+    """Weight of (100 - SSIMULACRA2) / 100; patches must be at least 64 pixels wide when enlarged, better 128."""
+    features: float = 0.0
+    """Weight of the perceptual loss."""
+    adversarial: float = 0.0
+    """Weight of the generator's part in the game; 0: no discriminator."""
+    discriminator: Literal["unet", "vgg"] = "unet"
+    """Real-ESRGAN's, which judges each pixel, or ESRGAN's, which judges patches (128 pixels wide when enlarged)."""
+    discriminator_width: int = 64
+
+
+class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole file."""
+
+    architecture: Architecture
+    arguments: dict[str, int | str]
+    """What the architecture's constructor takes."""
+    degradation: Degradation
+    stages: list[Stage]
+    start: str = ""
+    """A network whose weights to begin with, by name or file; empty: random ones."""
+    licence: str = "Apache-2.0"
+    data: str = ""
+    """What the photographs are and under which licence: for the model card."""
+    seed: int = 0
+    validation: int = 6
+    """Photographs that are kept out of the training, to measure it."""
+    validate_every: int = 1000
+    save_every: int = 500
+    log_every: int = 50
+    precision: Literal["mixed", "full"] = "mixed"
+    """``mixed``: bfloat16 where the device is a GPU that has it. A CPU always works in full precision."""
+
+    @property
+    def scale(self) -> int:
+        return int(self.arguments.get("upscale" if self.architecture == "SRVGGNetCompact" else "scale", 4))
+
+
+def read(path: Path) -> Training:
+    """Raises TrainingError when the file is missing, is no TOML, or asks for what can't be."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise TrainingError(f"{path} can't be read: {error.strerror}") from error
+    return parse(text, str(path))
+
+
+def parse(text: str, source: str = "the settings") -> Training:
+    """Raises TrainingError."""
+    try:
+        training = msgspec.convert(tomllib.loads(text), Training)
+        check(training)
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError, TrainingError) as error:
+        raise TrainingError(f"{source}: {error}") from error
+    return training
+
+
+def check(training: Training) -> None:
+    """Raises TrainingError when the parts contradict each other."""
+    scale = training.scale
+    if scale not in {1, 2, 3, 4}:
+        raise TrainingError(f"the scale must be 1, 2, 3 or 4, not {scale}")
+    if not training.stages:
+        raise TrainingError("there is no stage")
+    for stage in training.stages:
+        edge = stage.patch * scale
+        if min(stage.steps, stage.batch, stage.patch, stage.average, stage.learning_rate) <= 0:
+            raise TrainingError(f"stage {stage.name}: steps, batch, patch, average and learning rate must be positive")
+        if stage.ssimulacra2 and edge < 64:
+            raise TrainingError(f"stage {stage.name}: SSIMULACRA2 needs patches of 64 pixels or more, not {edge}")
+        if stage.adversarial and stage.discriminator == "vgg" and edge != 128:
+            raise TrainingError(f"stage {stage.name}: the vgg discriminator judges 128 pixels, not {edge}")
+        if stage.adversarial and edge % 8:
+            raise TrainingError(f"stage {stage.name}: patches of {edge} pixels are no multiple of 8")
+        if not (stage.l1 or stage.ssimulacra2 or stage.features):
+            raise TrainingError(f"stage {stage.name} has no loss that ties the picture to the photograph")
+    if isinstance(training.degradation, StoreDegradation):
+        low, high = training.degradation.levels
+        if not 0 <= low <= high <= 63 or training.degradation.versions < 0:
+            raise TrainingError("levels go from 0 to 63, and versions can't be negative")

@@ -1,0 +1,65 @@
+"""What a store does to a picture before the network sees it: its own reduction, and AVIF with its own settings.
+
+AVIF costs more than a small network, so each photograph gets a few coded versions before training begins, instead of a
+new one for each patch. They are kept as files, so that the next training (another network, or this one resumed) begins
+at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from esrfs.compaction import compactor, planner
+from esrfs.train.settings import StoreDegradation
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def shrink(full: Pixels, scale: int) -> Pixels:
+    """As compaction does: Pillow's bicubic reduction. H and W must be multiples of ``scale``."""
+    if scale == 1:
+        return full
+    height, width = full.shape[:2]
+    return np.asarray(Image.fromarray(full).resize((width // scale, height // scale), Image.Resampling.BICUBIC))
+
+
+def code(small: Pixels, level: int) -> bytes:
+    """The AVIF that compaction would put into a blob, at one of the planner's levels (0 to 63)."""
+    return compactor.encode_avif(Image.fromarray(small), planner.quality(level))
+
+
+def decode(avif: bytes) -> Pixels:
+    with Image.open(io.BytesIO(avif)) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def versions(
+    full: Pixels, content: bytes, scale: int, degradation: StoreDegradation, *, seed: int, cache: Path
+) -> tuple[Pixels, ...]:
+    """The picture made small: clean, then through AVIF at random levels. ``content`` identifies the picture."""
+    clean = shrink(full, scale)
+    rng = np.random.default_rng([seed, scale, *content[:8]])
+    low, high = degradation.levels
+    levels = rng.integers(low, high + 1, degradation.versions)
+    return (clean, *(decode(_coded(clean, int(level), cache)) for level in levels))
+
+
+def _coded(small: Pixels, level: int, cache: Path) -> bytes:
+    path = cache / f"{hashlib.sha256(small.tobytes()).hexdigest()[:32]}-{level}.avif"
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        avif = code(small, level)
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+        partial.write_bytes(avif)
+        os.replace(partial, path)
+        return avif
