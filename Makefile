@@ -1,6 +1,7 @@
 # make demo [PHOTOS=folder]   see it work on your photographs, or on those that scikit-image ships
 # make test | test-slow       the tests; the slow ones take minutes
 # make check                  lint, format, types
+# make man                    the manual pages, anew from the command line's own help
 # make bench                  the benchmarks (figures, no verdicts)
 VENV ?= .venv
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BENCHMARKS ?= small_files views
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow check format bench clean
+.PHONY: demo test test-slow check format man bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +34,9 @@ check: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+man: $(VENV)/.installed
+	$(BIN)/python -m esrfs.cli.manual docs/man
 
 bench: $(VENV)/.installed
 	set -e; for each in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$each; done

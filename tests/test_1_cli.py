@@ -17,8 +17,9 @@ from PIL import Image
 
 from esrfs.blob import container, recipe
 from esrfs.blob.recipe import JpegCoding, Literal, Recipe, Run, Scores
-from esrfs.cli import main, mounting, paths, show
+from esrfs.cli import main, manual, mounting, paths, show
 from esrfs.exit_codes import ExitCode
+from esrfs.mount.options import OWN
 from esrfs.store import swap
 from esrfs.store.identity import Identity
 from esrfs.store.layout import Store, open_store
@@ -109,6 +110,44 @@ def test_exit_codes_are_an_interface():
 def test_the_readme_lists_every_exit_code():
     table = (REPOSITORY / "README.md").read_text().partition("## Exit codes")[2].partition("\n## ")[0]
     assert [int(number) for number in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)] == sorted(ExitCode)
+
+
+MANUAL = REPOSITORY / "docs" / "man"
+
+
+def test_the_manual_is_up_to_date():
+    """After a change of commands, options or their help: python -m esrfs.cli.manual docs/man (or: make man)."""
+    made = manual.pages()
+    there = {path.name: path.read_text() for path in MANUAL.iterdir()}
+    assert sorted(there) == sorted(made)
+    stale = [name for name in made if there[name] != made[name]]
+    assert not stale, "run: .venv/bin/python -m esrfs.cli.manual docs/man"
+
+
+def test_the_manual_lists_every_option():
+    def look(page: str, command) -> None:
+        for parameter in command.params:
+            for name in [*parameter.opts, *parameter.secondary_opts] if parameter.param_type_name == "option" else []:
+                assert rf"\fB{name}\fR".replace("-", r"\-") in page, name
+        for below in getattr(command, "commands", {}).values():
+            look(page, below)
+
+    for name, command in typer.main.get_command(main.make_app()).commands.items():
+        look((MANUAL / f"esrfs-{name}.1").read_text(), command)
+    page = (MANUAL / "esrfs-mount.1").read_text()
+    for option in OWN:
+        assert rf"\fB{option}\fR" in page
+
+
+def test_the_manual_is_well_formed(needs):
+    result = subprocess.run(
+        [needs("mandoc"), "-Tlint", "-Wwarning", *sorted(map(str, MANUAL.iterdir()))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # Pages have no date: they would change each day.
+    assert [line for line in result.stdout.splitlines() if "missing date" not in line] == []
 
 
 def test_every_command_is_there_alone_and_among_all():

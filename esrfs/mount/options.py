@@ -44,6 +44,8 @@ _LIBFUSE = frozenset(
 _OTHERS = frozenset(
     ("defaults", "auto", "noauto", "user", "nouser", "users", "_netdev", "nofail", "default_permissions")
 )
+KNOWN_ELSEWHERE = tuple(sorted(_LIBFUSE | _OTHERS))
+"""Options that are taken, but mean nothing of esrfs's own."""
 _FOR_OTHERS = re.compile(r"x-[\w.\-]+(=.*)?|comment=.*|uhelper=.*")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
