@@ -96,6 +96,5 @@ def test_fish(home: Path, needs: Callable[[str], str]) -> None:
 
     assert complete("esrfs umo") == ["umount"]
     assert complete("esrfs umount --fo") == ["--force"]
-    assert "list" in complete("esrfs weights ")
     (home / "a folder").mkdir()
     assert complete(f"esrfs umount {home}/a") == [f"{home}/a folder/"]
