@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from esrfs import formats
 from esrfs.blob import recipe
 from esrfs.compaction.outcome import Reason
-from esrfs.formats import png
+from esrfs.formats import png, png_parse
 
 LIMIT = 50.0
 MODES = ["L", "LA", "RGB", "RGBA"]
@@ -112,7 +112,7 @@ def test_a_reconstruction_that_needs_more_is_softened_into_the_same_length() -> 
 def test_fill_is_exact(count: int) -> None:
     data = recipe.expand(png._fill(count, b""))
     assert len(data) == count
-    chunks = png._chunks(b"\x89PNG\r\n\x1a\n" + data + chunk(b"IEND"))
+    chunks = png_parse.chunks_of(b"\x89PNG\r\n\x1a\n" + data + chunk(b"IEND"))
     assert all(part.kind == b"esRF" and not any(part.data) for part in chunks[:-1])
 
 
@@ -120,6 +120,101 @@ def test_pixels_of_another_shape_are_an_error() -> None:
     split = formats.split(png_bytes(), LIMIT)
     with pytest.raises(ValueError, match="expected uint8"):
         formats.fit_view(split, np.zeros((10, 10, 3), np.uint8))
+
+
+def interlaced(data: bytes) -> bytes:
+    """A PNG with the same pixels, written in the seven passes of Adam7."""
+    parts = png_parse.chunks_of(data)
+    width, height, bits, colour = struct.unpack(">IIBB", parts[0].data[:10])
+    with Image.open(io.BytesIO(data)) as image:
+        samples = np.asarray(image) if bits == 8 else np.asarray(image.convert("L")) // 17
+    rows = []
+    for left, top, across, down in png_parse._ADAM7:
+        for row in samples[top::down, left::across]:
+            if row.size and bits == 4:
+                even = np.append(row, 0) if len(row) % 2 else row
+                row = (even[::2] << 4 | even[1::2]).astype(np.uint8)  # noqa: PLW2901
+            if row.size:
+                rows.append(b"\0" + row.tobytes())
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 1))
+    others = b"".join(chunk(part.kind, part.data) for part in parts[1:] if part.kind not in (b"IDAT", b"IEND"))
+    return data[:8] + header + others + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND")
+
+
+def gray_of_4_bits(image: Image.Image) -> bytes:
+    levels = (np.asarray(image.convert("L")) // 16).astype(np.uint8)
+    levels = np.pad(levels, ((0, 0), (0, levels.shape[1] % 2)))
+    rows = b"".join(b"\0" + (row[::2] << 4 | row[1::2]).astype(np.uint8).tobytes() for row in levels)
+    header = struct.pack(">IIBBBBB", *image.size, 4, 0, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def transparent_corner(image: Image.Image) -> Image.Image:
+    """With black in a corner, to be made transparent."""
+    image.paste(0, (0, 0, 60, 50))
+    return image
+
+
+def variants() -> Iterator[tuple[str, bytes]]:
+    yield "palette", png_bytes(picture().quantize(200), compress_level=1)
+    yield "palette of 4 bits", png_bytes(picture().quantize(16), bits=4, compress_level=0)
+    yield "palette of 2 bits", png_bytes(picture().quantize(4), bits=2, compress_level=0)
+    yield "gray palette", png_bytes(picture("L").convert("P"), compress_level=1)
+    yield "transparent palette", png_bytes(picture().quantize(200), transparency=bytes(range(100)), compress_level=1)
+    yield "gray of 4 bits", gray_of_4_bits(picture("L"))
+    yield "transparent gray of 4 bits", with_chunk(gray_of_4_bits(picture("L")), b"tRNS", b"\0\5")
+    yield "transparent colour", png_bytes(transparent_corner(picture()), transparency=(0, 0, 0))
+    yield "transparent gray", png_bytes(transparent_corner(picture("L")), transparency=0)
+    for mode in MODES:
+        yield f"interlaced {mode}", interlaced(png_bytes(picture(mode)))
+    yield "interlaced of odd size", interlaced(png_bytes(picture("RGB", 61, 43)))
+    yield "interlaced, narrow", interlaced(png_bytes(picture("RGB", 3, 200)))
+    yield "interlaced gray of 4 bits", interlaced(gray_of_4_bits(picture("L", 70, 50)))
+
+
+@pytest.mark.parametrize(("name", "original"), [pytest.param(*case, id=case[0]) for case in variants()])
+def test_colours_depth_interlacing_and_transparency_stay(name: str, original: bytes, tmp_path: Path) -> None:
+    split = formats.split(original, LIMIT)
+    pixels = split.pixels()
+    with Image.open(io.BytesIO(original)) as image:
+        expected = np.asarray(image.convert("RGBA"))
+    if name != "transparent gray of 4 bits":  # Pillow looks for its tRNS among samples of 8 bits
+        assert np.array_equal(expected, np.asarray(rgba(pixels)))
+    colour = pixels[:, :, :1] if pixels.shape[2] < 3 else pixels[:, :, :3]
+    rebuilt = np.asarray(Image.fromarray(colour.squeeze()).filter(ImageFilter.GaussianBlur(1)))
+    view = formats.fit_view(split, rebuilt)
+    data = view.expand()
+    assert len(data) == len(original)
+    assert data[:33] == original[:33]  # the header: size, depth, colour type, interlacing
+    after = formats.split(data, LIMIT).pixels()
+    assert after.shape == pixels.shape
+    if pixels.shape[2] in (2, 4):
+        assert np.array_equal(after[:, :, -1], pixels[:, :, -1])
+        assert (after[:, :, -1] < 255).any()
+    if split.lossless:
+        assert np.array_equal(after[:, :, : colour.shape[2]].squeeze(), rebuilt)
+    else:
+        opaque = after[:, :, -1] == 255 if pixels.shape[2] in (2, 4) else np.full(after.shape[:2], True)
+        difference = np.abs(after[:, :, : colour.shape[2]].squeeze()[opaque].astype(int) - rebuilt[opaque])
+        assert difference.mean() < (50 if "2 bits" in name else 25)
+    assert formats.encode_scan(view.coding, split.width, split.height, rebuilt, len(view.scan)) == view.scan
+    if shutil.which("pngcheck"):
+        (tmp_path / "view.png").write_bytes(data)
+        subprocess.run(["pngcheck", "-q", str(tmp_path / "view.png")], check=True)
+
+
+def rgba(pixels: formats.Pixels) -> Image.Image:
+    mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[pixels.shape[2]]
+    return Image.fromarray(pixels.squeeze(2) if mode == "L" else pixels).convert("RGBA")
+
+
+def test_an_opaque_pixel_of_the_transparent_colour_is_made_another() -> None:
+    image = transparent_corner(picture())
+    split = formats.split(png_bytes(image, transparency=(0, 0, 0)), LIMIT)
+    black = np.zeros((150, 200, 3), np.uint8)
+    after = formats.split(formats.fit_view(split, black).expand(), LIMIT).pixels()
+    assert np.array_equal(after[:, :, 3], split.pixels()[:, :, 3])
 
 
 def refused_files() -> Iterator[tuple[str, bytes, Reason]]:
@@ -130,12 +225,23 @@ def refused_files() -> Iterator[tuple[str, bytes, Reason]]:
     stream = good[body + 4 : body + 4 + length]
     head, tail = good[: body - 4], chunk(b"IEND")
     huge = chunk(b"IHDR", struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0))
-    interlaced = chunk(b"IHDR", struct.pack(">IIBBBBB", 200, 150, 8, 2, 0, 0, 1))
-    yield "palette", png_bytes(picture().convert("P")), Reason.UNSUPPORTED_KIND
+    broken_palette = png_bytes(picture().quantize(4))
     yield "16 bits", png_bytes(Image.fromarray(np.zeros((9, 9), np.uint16))), Reason.UNSUPPORTED_KIND
-    yield "1 bit ", png_bytes(picture().convert("1")), Reason.UNSUPPORTED_KIND
-    yield "interlaced", good[:8] + interlaced + good[33:], Reason.UNSUPPORTED_KIND
-    yield "tRNS", png_bytes(transparency=(1, 2, 3)), Reason.UNSUPPORTED_KIND
+    yield "2 colours", png_bytes(picture().convert("1")), Reason.UNSUPPORTED_KIND
+    yield (
+        "no colour is opaque",
+        with_chunk(png_bytes(picture().quantize(4)), b"tRNS", bytes(4)),
+        Reason.UNSUPPORTED_KIND,
+    )
+    start = broken_palette.index(b"PLTE") - 4
+    yield (
+        "does not have",
+        broken_palette[:start] + chunk(b"PLTE", bytes(6)) + broken_palette[start + 24 :],
+        Reason.BROKEN,
+    )
+    yield "palette is missing", broken_palette[:start] + broken_palette[start + 24 :], Reason.BROKEN
+    wrong = chunk(b"IHDR", struct.pack(">IIBBBBB", 200, 150, 4, 2, 0, 0, 0))
+    yield "no standard", good[:8] + wrong + good[33:], Reason.BROKEN
     yield "animated", with_chunk(good, b"acTL", bytes(8)), Reason.UNSUPPORTED_KIND
     yield "iDOT", with_chunk(good, b"iDOT", bytes(28)), Reason.UNSUPPORTED_KIND
     yield "critical", with_chunk(good, b"ABCD", b""), Reason.UNSUPPORTED_KIND

@@ -91,16 +91,20 @@ def test_any_jpeg_gets_a_view_of_its_size(
     width=st.integers(1, 120),
     height=st.integers(1, 120),
     mode=st.sampled_from(["L", "LA", "RGB", "RGBA"]),
+    colours=st.sampled_from([0, 0, 3, 13, 200]),
     level=st.integers(0, 9),
     noise=st.floats(0, 60),
     trailing=st.binary(max_size=50),
     seed=st.integers(0, 1000),
 )
 def test_any_png_gets_a_view_of_its_size(
-    *, width: int, height: int, mode: str, level: int, noise: float, trailing: bytes, seed: int
+    *, width: int, height: int, mode: str, colours: int, level: int, noise: float, trailing: bytes, seed: int
 ) -> None:
     out = io.BytesIO()
-    made_picture(width, height, mode, seed, noise).save(out, "PNG", compress_level=level)
+    image = made_picture(width, height, mode, seed, noise)
+    if colours:
+        image = image.convert("RGB").quantize(colours)
+    image.save(out, "PNG", compress_level=level, bits=4 if 0 < colours < 16 else 8)
     original = out.getvalue() + trailing
     view = check_view(original)
     if view is not None:

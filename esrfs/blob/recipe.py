@@ -48,12 +48,23 @@ class JpegCoding(msgspec.Struct, frozen=True, tag="jpeg"):
 
 
 class PngCoding(msgspec.Struct, frozen=True, tag="png"):
-    """How pixels become the data of one IDAT chunk: 8 bits a sample, not interlaced."""
+    """How pixels become the data of one IDAT chunk."""
 
     mode: OneOf["L", "LA", "RGB", "RGBA"]
     compress_level: int
     alpha: bytes = b""
-    """The alpha plane (height × width bytes), zlib-compressed, exact; empty for modes without alpha."""
+    """The alpha plane (height × width bytes), zlib-compressed, exact; empty for modes without alpha. After it, if there
+    are ``colours``, the numbers (a byte each) of the pixels whose alpha is below 255, row by row."""
+    bits: int = 8
+    """Of a sample: 2, 4, 8; other than 8 only with ``colours``."""
+    interlaced: bool = False
+    """Adam7."""
+    colours: bytes = b""
+    """Red, green, blue, alpha of each colour that there is: samples are their numbers. Empty: samples are values."""
+    dither: bool = False
+    """Whether pixels become ``colours`` with error diffusion."""
+    key: bytes = b""
+    """The colour (a byte for each sample) that is transparent, and so only for pixels whose alpha is 0."""
 
 
 class Verbatim(msgspec.Struct, frozen=True, tag="verbatim"):
