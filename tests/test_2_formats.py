@@ -104,7 +104,8 @@ def test_any_png_gets_a_view_of_its_size(
     image = made_picture(width, height, mode, seed, noise)
     if colours:
         image = image.convert("RGB").quantize(colours)
-    image.save(out, "PNG", compress_level=level, bits=4 if 0 < colours < 16 else 8)
+        image.putpalette(((image.getpalette() or []) + [0] * 600)[: 3 * colours])
+    image.save(out, "PNG", compress_level=level)
     original = out.getvalue() + trailing
     view = check_view(original)
     if view is not None:
