@@ -113,6 +113,24 @@ def test_any_png_gets_a_view_of_its_size(
         assert recipe.expand(view.suffix).endswith(original[original.rindex(b"IEND") - 4 :])
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    width=st.integers(1, 120),
+    height=st.integers(1, 120),
+    mode=st.sampled_from(["L", "RGB"]),
+    colours=st.sampled_from([0, 0, 3, 200]),
+    trailing=st.binary(max_size=50),
+    seed=st.integers(0, 1000),
+)
+def test_any_bmp_gets_a_view_of_its_size(
+    *, width: int, height: int, mode: str, colours: int, trailing: bytes, seed: int
+) -> None:
+    out = io.BytesIO()
+    image = made_picture(width, height, mode, seed, 20)
+    (image.convert("RGB").quantize(colours) if colours else image).save(out, "BMP")
+    assert check_view(out.getvalue() + trailing) is not None
+
+
 def small_files() -> list[bytes]:
     files = []
     for kind, options in (("JPEG", {"quality": 60}), ("PNG", {}), ("WEBP", {}), ("GIF", {}), ("BMP", {}), ("TIFF", {})):

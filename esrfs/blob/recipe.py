@@ -67,6 +67,19 @@ class PngCoding(msgspec.Struct, frozen=True, tag="png"):
     """The colour (a byte for each sample) that is transparent, and so only for pixels whose alpha is 0."""
 
 
+class BmpCoding(msgspec.Struct, frozen=True, tag="bmp"):
+    """How pixels become the rows of an uncompressed BMP."""
+
+    mode: OneOf["L", "RGB"]
+    bits: int
+    """Of a pixel: 8, 24 or 32."""
+    top_down: bool
+    colours: bytes = b""
+    """Red, green, blue and 255 of each colour of the palette; empty at 8 bits: numbers are shades of gray."""
+    fourth: bytes = b""
+    """The fourth bytes of pixels of 32 bits (alpha, or nothing), from the top, zlib-compressed."""
+
+
 class Verbatim(msgspec.Struct, frozen=True, tag="verbatim"):
     """There is no scan: prefix and suffix are the whole view. So a user's file is kept that is itself a blob of this
     store (somebody copied it from the store into the mount): wrapped, it comes back bit for bit instead of as a
@@ -84,7 +97,7 @@ class JpegXlCoding(msgspec.Struct, frozen=True, tag="jpegxl"):
     """Bytes of the transcoded JPEG that follow the scan, EOI included."""
 
 
-PictureCoding = JpegCoding | PngCoding
+PictureCoding = JpegCoding | PngCoding | BmpCoding
 Coding = PictureCoding | Verbatim | JpegXlCoding
 
 

@@ -31,6 +31,7 @@ from PIL import Image, features
 
 from esrfs.blob.recipe import Literal, PngCoding, Run, Span
 from esrfs.formats import png_parse
+from esrfs.formats.colours import numbered
 from esrfs.formats.pixels import DECODE_ERRORS, as_array, as_image, softened
 from esrfs.formats.png_parse import CHUNK_BYTES, SIGNATURE, Structure, broken, chunk_bytes, chunks_of, passes
 from esrfs.formats.view import (
@@ -267,13 +268,7 @@ def _exact(coding: PngCoding, width: int, height: int) -> Pixels | None:
 
 def _in_colours(coding: PngCoding, image: Image.Image, exact: Pixels | None) -> Image.Image:
     """An image of mode P whose pixels are numbers of ``coding.colours``."""
-    colours = np.frombuffer(coding.colours, np.uint8).reshape(-1, 4)
-    choice = np.flatnonzero(colours[:, 3] == 255)
-    choice = np.concatenate((choice, np.repeat(choice[:1], 256 - len(choice))))
-    palette = Image.new("P", (1, 1))
-    palette.putpalette(colours[choice, :3].tobytes())
-    dither = Image.Dither.FLOYDSTEINBERG if coding.dither else Image.Dither.NONE
-    numbers = choice[np.asarray(image.convert("RGB").quantize(palette=palette, dither=dither))].astype(np.uint8)
+    numbers = numbered(image, np.frombuffer(coding.colours, np.uint8).reshape(-1, 4), coding.dither)
     if exact is not None:
         numbers = np.where(exact[:, :, 0] < 255, exact[:, :, 1], numbers)
     result = Image.fromarray(numbers)

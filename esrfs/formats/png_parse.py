@@ -15,6 +15,7 @@ from typing import Literal as OneOf
 import numpy as np
 
 from esrfs.compaction.outcome import Reason
+from esrfs.formats.colours import all_gray
 from esrfs.formats.pixels import check_dimensions
 from esrfs.formats.view import Pixels, Unsupported
 
@@ -49,10 +50,6 @@ class Colours:
 
     pixels: Pixels
     """Number of colours × 4: RGB and alpha."""
-
-    @property
-    def gray(self) -> bool:
-        return bool((self.pixels[:, :1] == self.pixels[:, 1:3]).all())
 
     @property
     def opaque(self) -> bool:
@@ -131,7 +128,7 @@ def parse(data: bytes, max_megapixels: float) -> Structure:
     colours, key = None, b""
     if colour == 3 or bits < 8:
         colours = _palette(parts[:first], transparent) if colour == 3 else _grays(bits, transparent)
-        mode = _mode(gray=colours.gray, alpha=not colours.opaque)
+        mode = _mode(gray=all_gray(colours.pixels), alpha=not colours.opaque)
     else:
         key = _key(transparent, len(_MODES[colour])) if colour in (0, 2) else b""
         mode = _mode(gray=colour in (0, 4), alpha=colour in (4, 6) or bool(key))
