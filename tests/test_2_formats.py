@@ -131,6 +131,26 @@ def test_any_bmp_gets_a_view_of_its_size(
     assert check_view(out.getvalue() + trailing) is not None
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    width=st.integers(1, 120),
+    height=st.integers(1, 120),
+    mode=st.sampled_from(["RGB", "RGBA"]),
+    lossless=st.booleans(),
+    quality=st.integers(30, 100),
+    exif=st.sampled_from([b"", b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0"]),
+    trailing=st.binary(max_size=50),
+    seed=st.integers(0, 1000),
+)
+def test_any_webp_gets_a_view_of_its_size(
+    *, width: int, height: int, mode: str, lossless: bool, quality: int, exif: bytes, trailing: bytes, seed: int
+) -> None:
+    out = io.BytesIO()
+    made_picture(width, height, mode, seed, 20).save(out, "WEBP", lossless=lossless, quality=quality, exif=exif)
+    view = check_view(out.getvalue() + trailing)
+    assert view is None or recipe.expand(view.suffix).endswith(trailing)
+
+
 def small_files() -> list[bytes]:
     files = []
     for kind, options in (("JPEG", {"quality": 60}), ("PNG", {}), ("WEBP", {}), ("GIF", {}), ("BMP", {}), ("TIFF", {})):

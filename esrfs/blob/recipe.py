@@ -67,6 +67,20 @@ class PngCoding(msgspec.Struct, frozen=True, tag="png"):
     """The colour (a byte for each sample) that is transparent, and so only for pixels whose alpha is 0."""
 
 
+class WebpCoding(msgspec.Struct, frozen=True, tag="webp"):
+    """How pixels become the data of a VP8 or VP8L chunk."""
+
+    mode: OneOf["RGB", "RGBA"]
+    """RGBA for lossless pictures with alpha only; a lossy picture's is a chunk of its own."""
+    lossless: bool
+    quality: int = 75
+    """libwebp's, 0 to 100."""
+    method: int = 4
+    """libwebp's, 0 to 6."""
+    alpha: bytes = b""
+    """The alpha plane (height × width bytes), zlib-compressed, exact; empty for RGB."""
+
+
 class BmpCoding(msgspec.Struct, frozen=True, tag="bmp"):
     """How pixels become the rows of an uncompressed BMP."""
 
@@ -97,7 +111,7 @@ class JpegXlCoding(msgspec.Struct, frozen=True, tag="jpegxl"):
     """Bytes of the transcoded JPEG that follow the scan, EOI included."""
 
 
-PictureCoding = JpegCoding | PngCoding | BmpCoding
+PictureCoding = JpegCoding | PngCoding | WebpCoding | BmpCoding
 Coding = PictureCoding | Verbatim | JpegXlCoding
 
 
