@@ -22,11 +22,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import diskcache
 
 from esrfs import faults
+from esrfs.engine import filevalue
+from esrfs.engine.filevalue import FileValue
 
 log = logging.getLogger("esrfs.cache")
 
@@ -199,11 +201,11 @@ class ViewCache:
         space = os.statvfs(self._directory)
         return space.f_bavail * space.f_frsize >= self._free_floor + size
 
-    def _store(self, key: str, view: bytes, digest: str) -> Hit | None:
-        if self._new is None or not self._make_room(self._new, len(view)):
+    def _store(self, key: str, view: BinaryIO, size: int, digest: str) -> Hit | None:
+        if self._new is None or not self._make_room(self._new, size):
             return None
         faults.reach("cache.put")
-        self._new.set(key, io.BytesIO(view), read=True, tag=digest)
+        self._new.set(key, view, read=True, tag=digest)
         self._stored_at[key] = time.monotonic()
         self._verified.add(key)
         with self._new.get(key, read=True) as reader:
@@ -227,17 +229,16 @@ class ViewCache:
             "a look-up", lambda: self._kept is not None and (key in self._kept or key in self._new), False
         )
 
-    def put(self, key: str, view: bytes) -> Hit:
+    def put(self, key: str, view: bytes | FileValue) -> Hit:
         """Keep ``view`` and give it back as a descriptor; of an unnamed file in memory when the cache can't take it."""
-        digest = hashlib.sha256(view).hexdigest()
-        hit = self._attempt("writing", lambda: self._store(key, view, digest), None)
+        value = filevalue.of_bytes(view) if isinstance(view, bytes) else view
+        with open(f"/proc/self/fd/{value.descriptor}", "rb", buffering=0) as file:  # has a position of its own
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            hit = self._attempt("writing", lambda: self._store(key, file, len(value), digest), None)
         if hit is not None:
             return hit
-        descriptor = os.memfd_create("esrfs-view", os.MFD_CLOEXEC)
-        written = 0
-        while written < len(view):
-            written += os.write(descriptor, memoryview(view)[written:])
-        return Hit(descriptor, digest, in_memory=True)
+        return Hit(os.dup(value.descriptor), digest, in_memory=True)
 
     def drop(self, key: str) -> None:
         """Forget one view: its photograph was deleted."""

@@ -27,6 +27,7 @@ from esrfs.blob import recipe as recipe_format
 from esrfs.blob.recipe import JpegCoding, Literal, Recipe, Scores
 from esrfs.cache import ViewCache
 from esrfs.engine.client import Engine, Rebuilt
+from esrfs.engine.filevalue import of_bytes
 from esrfs.engine.protocol import Lane
 from esrfs.store import linux
 from esrfs.store.initialise import init
@@ -52,7 +53,7 @@ class FakeEngine:
 
     def rebuild(self, key: bytes, load: Callable[[], tuple[bytes, bytes]], lane: Lane) -> FakeEngine:
         load()
-        self.answer = Rebuilt(self.views[key], key, True)
+        self.answer = Rebuilt(of_bytes(self.views[key]), key, True)
         return self
 
     def wait(self, timeout: float | None = None) -> Rebuilt:

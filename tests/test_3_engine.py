@@ -91,7 +91,7 @@ def test_values_in_values_out(make_engine: MakeEngine) -> None:
     assert engine.state == "stopped"
     payload = os.urandom(5_000_001)
     rebuilt = order(engine, "echo", payload=payload).wait()
-    assert rebuilt.view == payload
+    assert rebuilt.file.read() == payload
     assert rebuilt.sha256 == hashlib.sha256(payload).digest()
     assert rebuilt.exact
     wait_until(lambda: engine.state == "idle")
@@ -114,7 +114,7 @@ def test_compaction_and_upscale_and_networks(make_engine: MakeEngine) -> None:
     outcome = engine.compact(b"echo", Policy(), SHA256, "lite-x2")
     assert outcome.verdict == Verdict.COMPACTED
     assert engine.upscale(b"image", SHA256) == WEIGHTS + b"image"
-    assert order(engine, f"network {SHA256.hex()}").wait().view == WEIGHTS
+    assert order(engine, f"network {SHA256.hex()}").wait().file.read() == WEIGHTS
     with pytest.raises(EngineError, match="no such network in this store"):
         order(engine, "network " + "00" * 32).wait()
     assert engine.counters.compactions == 1
@@ -142,13 +142,13 @@ def test_killed_worker_is_restarted_and_the_job_retried(
 ) -> None:
     expect_log("engine ended")
     engine = make_engine()
-    first = order(engine, "pid").wait().view
-    assert order(engine, f"die-once {tmp_path}/flag", payload=b"x").wait().view == b"x"
-    assert order(engine, "pid").wait().view != first
+    first = order(engine, "pid").wait().file.read()
+    assert order(engine, f"die-once {tmp_path}/flag", payload=b"x").wait().file.read() == b"x"
+    assert order(engine, "pid").wait().file.read() != first
     ticket = order(engine, "hang .5", payload=b"y")
     wait_until(lambda: engine.state == "busy")
-    os.kill(int(order(engine, "pid").wait().view), signal.SIGKILL)
-    assert ticket.wait().view == b"y"
+    os.kill(int(order(engine, "pid").wait().file.read()), signal.SIGKILL)
+    assert ticket.wait().file.read() == b"y"
     assert engine.counters.restarts == 2
     assert engine.counters.failures == 0
 
@@ -162,8 +162,8 @@ def test_a_job_that_kills_the_worker_twice_fails_alone(
     poison = order(engine, "die")
     with pytest.raises(EngineError, match="ended twice"):
         poison.wait()
-    assert innocent.wait().view == b"fine"
-    assert order(engine, "echo", payload=b"z").wait().view == b"z"
+    assert innocent.wait().file.read() == b"fine"
+    assert order(engine, "echo", payload=b"z").wait().file.read() == b"z"
     assert engine.counters.restarts == 2
 
 
@@ -172,15 +172,15 @@ def test_an_idle_worker_that_is_killed_is_no_failure(
 ) -> None:
     expect_log("engine ended")
     engine = make_engine()
-    os.kill(int(order(engine, "pid").wait().view), signal.SIGKILL)
-    assert order(engine, "echo", payload=b"z").wait().view == b"z"
+    os.kill(int(order(engine, "pid").wait().file.read()), signal.SIGKILL)
+    assert order(engine, "echo", payload=b"z").wait().file.read() == b"z"
     assert engine.counters.failures == 0
 
 
 def test_accelerator_failure_is_retried_on_the_cpu(make_engine: MakeEngine, expect_log: Callable[[str], None]) -> None:
     expect_log("engine ended|accelerator failed")
     engine = make_engine(device="cuda")
-    assert order(engine, "device").wait().view == b"cpu"
+    assert order(engine, "device").wait().file.read() == b"cpu"
 
 
 def test_a_stopped_worker_is_killed_when_the_time_limit_passes(
@@ -191,7 +191,7 @@ def test_a_stopped_worker_is_killed_when_the_time_limit_passes(
     order(engine, "echo").wait()
     with pytest.raises(EngineError, match="ended twice"):
         order(engine, "stop").wait(20)
-    assert order(engine, "echo", payload=b"z").wait(20).view == b"z"
+    assert order(engine, "echo", payload=b"z").wait(20).file.read() == b"z"
 
 
 def test_wait_times_out_and_release_cancels(make_engine: MakeEngine, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_wait_times_out_and_release_cancels(make_engine: MakeEngine, tmp_path: P
         each.release()
         with pytest.raises(EngineError, match="cancelled"):
             each.wait()
-    assert order(engine, "echo", payload=b"z").wait(5).view == b"z"
+    assert order(engine, "echo", payload=b"z").wait(5).file.read() == b"z"
     wait_until(lambda: engine.state == "idle", 2)
     assert "end" not in notes.read_text()
     assert engine.counters.failures == 0
@@ -259,15 +259,15 @@ def test_single_flight(make_engine: MakeEngine) -> None:
     tickets = [engine.rebuild(b"key", load) for _ in range(10)]
     for ticket in tickets[:5]:
         ticket.release()
-    assert tickets[7].wait().view == b"view"
+    assert tickets[7].wait().file.read() == b"view"
     assert len(loads) == 1
     assert engine.counters.reconstructions == 1
     late = engine.rebuild(b"key", load)  # finished, but those who waited may not have put the result away yet
-    assert late.wait(0).view == b"view"
+    assert late.wait(0).file.read() == b"view"
     for ticket in [*tickets, late]:
         ticket.release()
     assert len(loads) == 1
-    assert engine.rebuild(b"key", load).wait().view == b"view"  # all have: a new job
+    assert engine.rebuild(b"key", load).wait().file.read() == b"view"  # all have: a new job
     assert len(loads) == 2
 
 
@@ -280,7 +280,7 @@ def test_300_waiters_hold_no_lock(make_engine: MakeEngine) -> None:
 
     def read(number: int) -> None:
         ticket = order(engine, "echo", payload=str(number).encode())
-        results.append(ticket.wait().view)
+        results.append(ticket.wait().file.read())
         ticket.release()
 
     threads = [threading.Thread(target=read, args=(number,)) for number in range(300)]
@@ -336,10 +336,10 @@ def test_close_while_starting(make_engine: MakeEngine) -> None:
 
 def test_idle_worker_gives_its_memory_back(make_engine: MakeEngine) -> None:
     engine = make_engine(idle_seconds=0.3)
-    pid = int(order(engine, "pid").wait().view)
+    pid = int(order(engine, "pid").wait().file.read())
     wait_until(lambda: engine.state == "stopped", 3)
     wait_until(lambda: not Path(f"/proc/{pid}").exists(), 3)  # reaped, too
-    assert int(order(engine, "pid").wait().view) != pid
+    assert int(order(engine, "pid").wait().file.read()) != pid
     assert engine.counters.restarts == 0
     wait_until(lambda: engine.state == "stopped", 3)
     engine.start()
@@ -352,7 +352,7 @@ def test_worker_ends_with_the_mount(make_engine: MakeEngine, tmp_path: Path) -> 
 import sys, time
 from esrfs.engine.client import *
 engine = Engine(EngineSettings(handler="fake_engine_handler"), lambda sha: b"")
-print(engine.rebuild(b"a", lambda: (b"pid", b"")).wait().view.decode(), flush=True)
+print(engine.rebuild(b"a", lambda: (b"pid", b"")).wait().file.read().decode(), flush=True)
 engine.rebuild(b"b", lambda: (b"work {tmp_path}/begun 60", b""))
 time.sleep(60)
 """

@@ -63,7 +63,7 @@ def _blob(store: Store, path: Path) -> container.Blob:
 def _rebuild(engine: Engine, blob: container.Blob) -> bytes:
     ticket = engine.rebuild(blob.recipe.sha256_view, lambda: (blob.recipe_bytes, blob.avif))
     try:
-        return ticket.wait().view
+        return ticket.wait().file.read()
     finally:
         ticket.release()
 

@@ -34,6 +34,7 @@ import esrfs
 from esrfs.compaction.outcome import Outcome, Policy
 from esrfs.engine import lanes, protocol
 from esrfs.engine.errors import EngineError
+from esrfs.engine.filevalue import FileValue
 from esrfs.engine.protocol import ConnectionLostError, Lane
 
 __all__ = [
@@ -96,16 +97,16 @@ class Counters:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    view: bytes
-    """The whole file, of exactly the original's size."""
+    file: FileValue
+    """The whole view, of exactly the original's size."""
     sha256: bytes
-    """Of ``view``."""
+    """Of the view."""
     exact: bool
-    """``view`` is byte for byte what the recipe pins."""
+    """The view is byte for byte what the recipe pins."""
 
 
 _T = TypeVar("_T")
-_Values = tuple[protocol.Rebuild | protocol.Compact | protocol.Upscale, bytes]
+_Values = tuple[protocol.Rebuild | protocol.Compact | protocol.Upscale, bytes | FileValue]
 
 
 class _Job:
@@ -143,7 +144,7 @@ class _Worker:
         self.heard_at = time.monotonic()  # [lock]
         self.threads: list[threading.Thread] = []
 
-    def send(self, message: protocol.Request, payload: bytes = b"") -> None:
+    def send(self, message: protocol.Request, payload: protocol.Payload = b"") -> None:
         with self.sending:
             protocol.send(self.connection, message, payload)
 
@@ -240,7 +241,12 @@ class Engine:
         )
 
     def compact_ticket(
-        self, original: bytes, policy: Policy, network_sha256: bytes, network_name: str, reference_key: bytes = b""
+        self,
+        original: bytes | FileValue,
+        policy: Policy,
+        network_sha256: bytes,
+        network_name: str,
+        reference_key: bytes = b"",
     ) -> Ticket[Outcome]:
         """Begin a compaction; see :meth:`compact`. ``reference_key``: the store's (``blob/reference.py``)."""
 
@@ -296,6 +302,7 @@ class Engine:
             for job in [*self._waiting.values(), *self._in_flight.values()]:
                 self._settle(job, error="esrfs is shutting down")
             self._in_flight.clear()
+            self._by_key.clear()
             dispatcher = self._dispatcher
             self._changed.notify_all()
         workers = self._kill_all()
@@ -555,10 +562,8 @@ class Engine:
         """The reader thread of one worker: takes reports until the connection ends, then reaps the process."""
         try:
             while True:
-                report, payload = protocol.receive(worker.connection)
-                with self._lock:
-                    worker.heard_at = time.monotonic()
-                self._take_report(worker, report, payload)
+                # Not kept in a variable here: a view would stay in memory until the next report.
+                self._take_report(worker, *protocol.receive_small(worker.connection))
         except ConnectionLostError as lost:
             log.debug("engine connection: %s", lost)
         except Exception:
@@ -572,7 +577,9 @@ class Engine:
             worker.connection.close()
         self._ended(worker, status)
 
-    def _take_report(self, worker: _Worker, report: protocol.Message, payload: bytes) -> None:
+    def _take_report(self, worker: _Worker, report: protocol.Message, payload: bytes | FileValue) -> None:
+        with self._lock:
+            worker.heard_at = time.monotonic()
         match report:
             case protocol.Ready(device=device, threads=threads):
                 log.info("engine ready: %s, %d threads", device, threads)
@@ -589,8 +596,8 @@ class Engine:
                     worker.send(protocol.Weights(sha256=sha256, error=message))
                 else:
                     worker.send(protocol.Weights(sha256=sha256), weights)
-            case protocol.Rebuilt(job=job, sha256=sha256, exact=exact):
-                self._answered(job, result=Rebuilt(view=payload, sha256=sha256, exact=exact))
+            case protocol.Rebuilt(job=job, sha256=sha256, exact=exact) if isinstance(payload, FileValue):
+                self._answered(job, result=Rebuilt(file=payload, sha256=sha256, exact=exact))
             case protocol.Compacted(job=job, outcome=outcome):
                 self._answered(job, result=outcome)
             case protocol.Upscaled(job=job):

@@ -3,19 +3,22 @@ memory.
 
 A frame is ``u32 length of message``, ``u64 length of payload`` (little-endian), the message (msgpack, one of the
 structs below with its tag), the payload. The one large value of a message travels as payload, so that it is never
-copied into and out of msgpack. A reader that meets a tag it doesn't know, or lengths over the limits, closes the
-connection: both ends are one version.
+copied into and out of msgpack, and may lie in a file (``filevalue``) at either end. A reader that meets a tag it
+doesn't know, or lengths over the limits, closes the connection: both ends are one version.
 """
 
 from __future__ import annotations
 
 import enum
+import os
 import socket
 import struct
 
 import msgspec
 
 from esrfs.compaction.outcome import Outcome, Policy
+from esrfs.engine import filevalue
+from esrfs.engine.filevalue import FileValue
 
 MESSAGE_LIMIT = 1 << 30
 """Bytes. A message holds a recipe, or an outcome with its AVIF; an original's verbatim parts make the largest."""
@@ -23,6 +26,7 @@ PAYLOAD_LIMIT = 1 << 32
 """Bytes. An original or a view: 200 megapixels of PNG are below 1 GiB."""
 
 _HEAD = struct.Struct("<IQ")
+_AT_ONCE = 1 << 30
 
 
 class ConnectionLostError(Exception):
@@ -141,17 +145,20 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
-def send(connection: socket.socket, message: Message, payload: bytes | memoryview = b"") -> None:
+Payload = bytes | memoryview | FileValue
+
+
+def send(connection: socket.socket, message: Message, payload: Payload = b"") -> None:
     """Send one frame; frames of two threads must not interleave, so callers hold a lock of their own.
 
-    Raises ConnectionLostError, also when the other end takes nothing for the socket's send timeout; the connection is
-    then of no use.
+    Raises ConnectionLostError, also when the other end takes nothing for the socket's send timeout, or the payload's
+    file can't be read; the connection is then of no use.
     """
     head = _encoder.encode(message)
     try:
         connection.sendall(_HEAD.pack(len(head), len(payload)) + head)
-        if payload:
-            connection.sendall(payload)
+        for part in payload.chunks() if isinstance(payload, FileValue) else (payload,) if payload else ():
+            connection.sendall(part)
     except OSError as error:
         raise ConnectionLostError(str(error)) from error
 
@@ -159,25 +166,61 @@ def send(connection: socket.socket, message: Message, payload: bytes | memoryvie
 def receive(connection: socket.socket) -> tuple[Message, bytes]:
     """Wait for one frame: its message and its payload (empty for most). Raises ConnectionLostError at the end of the
     stream."""
+    message, length = _receive_message(connection)
+    return message, _exactly(connection, length)
+
+
+def receive_small(connection: socket.socket) -> tuple[Message, bytes | FileValue]:
+    """As ``receive``, for a process that must stay small: a view comes as a file."""
+    message, length = _receive_message(connection)
+    if not isinstance(message, Rebuilt):
+        return message, _exactly(connection, length)
+    try:
+        value = filevalue.unnamed(length)
+        buffer = memoryview(bytearray(min(length, filevalue.CHUNK)))
+        offset = 0
+        while offset < length:
+            received = connection.recv_into(buffer[: length - offset])
+            if not received:
+                raise _ended()
+            _write(value.descriptor, buffer[:received], offset)
+            offset += received
+    except OSError as error:
+        raise ConnectionLostError(str(error)) from error
+    return message, value
+
+
+def _receive_message(connection: socket.socket) -> tuple[Message, int]:
+    """A message, and the length of the payload that follows."""
     message_length, payload_length = _HEAD.unpack(_exactly(connection, _HEAD.size))
     if message_length > MESSAGE_LIMIT or payload_length > PAYLOAD_LIMIT:
         raise ConnectionLostError(f"a frame of {message_length} + {payload_length} bytes is none of this protocol's")
     try:
-        message = _decoder.decode(_exactly(connection, message_length))
+        return _decoder.decode(_exactly(connection, message_length)), payload_length
     except msgspec.DecodeError as error:
         raise ConnectionLostError(f"not a message of this protocol: {error}") from error
-    return message, bytes(_exactly(connection, payload_length)) if payload_length else b""
 
 
-def _exactly(connection: socket.socket, count: int) -> bytearray:
-    data = bytearray(count)
-    view = memoryview(data)
-    while view:
+def _exactly(connection: socket.socket, count: int) -> bytes:
+    parts = []
+    while count:
         try:
-            received = connection.recv_into(view)
+            part = connection.recv(min(count, _AT_ONCE), socket.MSG_WAITALL)
         except OSError as error:
             raise ConnectionLostError(str(error)) from error
-        if not received:
-            raise ConnectionLostError("the other end closed the connection")
-        view = view[received:]
-    return data
+        if not part:
+            raise _ended()
+        parts.append(part)
+        count -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)  # nearly always one, which is not copied
+
+
+def _write(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data = data[written:]
+        offset += written
+
+
+def _ended() -> ConnectionLostError:
+    return ConnectionLostError("the other end closed the connection")

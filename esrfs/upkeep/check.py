@@ -187,7 +187,10 @@ def _view(path: str, blob: container.Blob, rebuild: Rebuild) -> list[Finding]:
         rebuilt = rebuild(recipe.sha256_view, blob.recipe_bytes, blob.avif)
     except (EngineError, TimeoutError) as error:
         return [_damage(path, "rebuild_failed", f"its view can't be rebuilt: {error}")]
-    if len(rebuilt.view) != recipe.original_size or hashlib.sha256(rebuilt.view).digest() != rebuilt.sha256:
+    digest = hashlib.sha256()
+    for chunk in rebuilt.file.chunks():
+        digest.update(chunk)
+    if len(rebuilt.file) != recipe.original_size or digest.digest() != rebuilt.sha256:
         return [_damage(path, "rebuild_failed", "the engine's answer is not a view of the promised size")]
     if rebuilt.sha256 != recipe.sha256_view:
         return [

@@ -20,7 +20,9 @@ from esrfs import faults
 from esrfs.blob import container, reference
 from esrfs.blob.recipe import decode
 from esrfs.compaction.outcome import NEVER, Outcome, Policy, Reason, Verdict
+from esrfs.engine import filevalue
 from esrfs.engine.client import Engine
+from esrfs.engine.filevalue import FileValue
 from esrfs.formats.identify import HEAD_BYTES, identify
 from esrfs.formats.kinds import COMPACTED
 from esrfs.networks import registry
@@ -198,14 +200,19 @@ def _compact_claimed(
     workshop: Workshop, path: str, descriptor: int, st: os.stat_result, claim: Claim, *, policy: Policy
 ) -> Done:
     identity = Identity.from_stat(st)
-    original = _read(descriptor, st.st_size)
-    if original is None or Identity.from_stat(os.fstat(descriptor)) != identity:
+    sha256 = _digest(descriptor, st.st_size)
+    if sha256 is None or Identity.from_stat(os.fstat(descriptor)) != identity:
         return Done(path, "left", message="it changed while it was read")
     faults.reach("compact.read")
     store = workshop.store
-    outcome = _ask_engine(workshop, original, claim, policy)
+    outcome = _ask_engine(workshop, filevalue.of_descriptor(descriptor, st.st_size), claim, policy)
     if outcome is None:
         return Done(path, "left", message="a program began to use it")
+    # The engine was sent the file after it was hashed.
+    if Identity.from_stat(os.fstat(descriptor)) != identity or (
+        outcome.verdict is Verdict.COMPACTED and decode(outcome.recipe).sha256_original != sha256
+    ):
+        return Done(path, "left", message="it changed while it was compacted")
     if outcome.verdict is not Verdict.COMPACTED:
         return _remember(workshop, path, st, outcome, policy.preset)
     blob = container.pack(outcome.avif, outcome.recipe, store.config.id_bytes, store.config.key_bytes)
@@ -216,14 +223,14 @@ def _compact_claimed(
         descriptor,
         identity,
         blob,
-        hashlib.sha256(original).digest(),
+        sha256,
         lease_ok=workshop.lease_held,
         interrupted=lambda: claim.interrupted,
         barrier=workshop.claims.barrier(claim),
     )
     match result.status:
         case SwapStatus.DONE:
-            return _remember_blob(workshop, path, outcome, len(original), result)
+            return _remember_blob(workshop, path, outcome, st.st_size, result)
         case SwapStatus.METADATA:
             return _remember(workshop, path, st, _refusal(Reason.METADATA, result.message))
         case SwapStatus.HARD_LINKS:
@@ -232,22 +239,19 @@ def _compact_claimed(
             return Done(path, "left", message=result.message)
 
 
-def _read(descriptor: int, size: int) -> bytes | None:
-    """The whole file; None when it is not ``size`` bytes long any more."""
-    parts = []
+def _digest(descriptor: int, size: int) -> bytes | None:
+    """The file's sha256; None when it is not ``size`` bytes long any more."""
+    digest = hashlib.sha256()
     offset = 0
-    while True:
-        part = os.pread(descriptor, 1 << 24, offset)
-        if not part:
-            break
-        parts.append(part)
+    while part := os.pread(descriptor, 1 << 20, offset):
+        digest.update(part)
         offset += len(part)
         if offset > size:
             return None
-    return b"".join(parts) if offset == size else None
+    return digest.digest() if offset == size else None
 
 
-def _ask_engine(workshop: Workshop, original: bytes, claim: Claim, policy: Policy) -> Outcome | None:
+def _ask_engine(workshop: Workshop, original: FileValue, claim: Claim, policy: Policy) -> Outcome | None:
     """The engine's answer; None when the claim was interrupted meanwhile."""
     # The store keeps a copy of each network that a recipe names.
     network = workshop.store.keep_network(registry.find(policy.network).read_bytes())

@@ -177,13 +177,13 @@ class View:
             raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
 
     def _keep(self, rebuilt: Rebuilt, path: str) -> Content:
-        if len(rebuilt.view) != self.size:
+        if len(rebuilt.file) != self.size:
             log.error(
-                "%s: rebuilt to %d bytes instead of %d; the read fails with EIO", path, len(rebuilt.view), self.size
+                "%s: rebuilt to %d bytes instead of %d; the read fails with EIO", path, len(rebuilt.file), self.size
             )
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         other = self.content  # of another waiter for the same reconstruction
-        return other if other is not None else self._install(self._cache.put(self.key, rebuilt.view))
+        return other if other is not None else self._install(self._cache.put(self.key, rebuilt.file))
 
     @contextlib.contextmanager
     def _ticket(self, lane: Lane, handle: int) -> Iterator[Ticket[Rebuilt]]:
