@@ -26,6 +26,7 @@ than ``cache_megapixels`` are measured anew each time instead (at 1.7 times the 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -33,11 +34,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 (torch's own convention)
 
 Pixels = npt.NDArray[np.uint8]
 Sums = npt.NDArray[np.float64]
 
 TILE = 256
+_PIECE_TILES = 8
+"""Tiles side by side that are measured at once."""
 
 # By channel (X, Y, B) and resolution (1, 1/2 … 1/32): mean of ssim, ringing, lost; 4-norm of ssim, ringing, lost.
 # fmt: off
@@ -70,8 +74,8 @@ _SIGMA = 1.5
 _SCALES = 6
 _SMALLEST = 8
 _MARGIN = 12
-"""Rows that a band borrows from its neighbours: the blur's radius at half resolution, rounded up to whole quarter
-rows."""
+"""Pixels that a piece borrows from each neighbour: the blur's radius at half resolution, rounded up to whole pixels at
+a quarter."""
 
 # The matrix from linear RGB to mixed cone responses, and the bias that keeps the cube root away from 0.
 _OPSIN = torch.tensor(
@@ -113,19 +117,30 @@ _Plan = list[dict[int, list[_Feature]]]
 """For each resolution: the channels that count (0 X, 1 Y, 2 B) and their features."""
 
 
-class _Strip(NamedTuple):
-    """Rows ``first`` and following of a picture, at one resolution."""
+class _Part(NamedTuple):
+    """A part of a picture at one resolution."""
 
     linear: Tensor
     """3×h×w, linear RGB."""
-    first: int
+    top: int
+    left: int
+    """Where it begins."""
+
+
+class _Area(NamedTuple):
+    """Tile rows and columns, ends exclusive."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
 
 
 class _Prepared(NamedTuple):
-    """The original's side of one channel in one band."""
+    """The original's side of one channel in one piece."""
 
     plane: Tensor
-    """(h + 10)×w: the band with the blur's radius above and below."""
+    """(h + 10)×(w + 10): the piece with the blur's radius on all sides."""
     mean: Tensor
     """h×w, blurred."""
     spread: Tensor
@@ -138,7 +153,7 @@ class Reference:
     def __init__(self, original: Pixels, *, cache_megapixels: float = 16.0, threads: int = 1) -> None:
         """``original``: H×W×3 RGB, H×W×1 or H×W gray, uint8; it is kept, not copied.
 
-        ``threads`` measure a band each. Set torch's own number of threads to 1: OpenMP's threads wait for each other
+        ``threads`` measure a piece each. Set torch's own number of threads to 1: OpenMP's threads wait for each other
         after every step, which costs ten times the time as soon as another process is busy.
         """
         self._original = _as_rgb(original)
@@ -150,7 +165,7 @@ class Reference:
         self._keep = height * width <= cache_megapixels * 1e6
         self._threads = threads
         self._complete = False
-        self._kept: dict[tuple[int, int, int], _Prepared] = {}  # by resolution, first tile row, channel
+        self._kept: dict[tuple[int, _Area, int], _Prepared] = {}  # by resolution, tiles, channel
 
     def compare(self, view: Pixels) -> Comparison:
         """Score ``view`` against the original. Raises ValueError when the shapes differ."""
@@ -173,58 +188,69 @@ class Reference:
         # At a quarter: of the view, of the original if it isn't kept.
         quarters = [torch.empty((3, *self._sizes[2])) for _ in pictures] if len(self._sizes) > 2 else []
 
-        def fine(row: int) -> None:
-            """Measure one tile row at full and half resolution, and leave it at a quarter."""
+        def fine(area: _Area) -> None:
+            """Measure a piece at full and half resolution, and leave it at a quarter."""
             with torch.inference_mode():  # a property of the thread
-                top, bottom = self._rows[row], self._rows[row + 1]
-                strips = [_linear(picture, top - _MARGIN, bottom + _MARGIN) for picture in pictures]
-                self._measure_band(0, row, row + 1, strips, sums[0])
+                top, bottom = self._rows[area.top], self._rows[area.bottom]
+                left, right = self._columns[area.left], self._columns[area.right]
+                parts = [_linear(picture, top, bottom, left, right) for picture in pictures]
+                self._measure_piece(0, area, parts, sums[0])
                 if len(self._sizes) == 1:
                     return
-                strips = [_Strip(_halve(strip.linear), strip.first // 2) for strip in strips]
-                self._measure_band(1, row, row + 1, strips, sums[1])
-                core = slice(top // 2 - strips[0].first, (bottom + 1) // 2 - strips[0].first)
-                for quarter, strip in zip(quarters, strips, strict=False):
-                    rows = _halve(strip.linear[:, core])
-                    quarter[:, top // 4 : top // 4 + rows.shape[1]] = rows
+                parts = [_Part(_halve(part.linear), part.top // 2, part.left // 2) for part in parts]
+                self._measure_piece(1, area, parts, sums[1])
+                for quarter, part in zip(quarters, parts, strict=False):
+                    own_rows = slice(top // 2 - part.top, (bottom + 1) // 2 - part.top)
+                    own_columns = slice(left // 2 - part.left, (right + 1) // 2 - part.left)
+                    own = _halve(part.linear[:, own_rows, own_columns])
+                    height, width = own.shape[1:]
+                    quarter[:, top // 4 : top // 4 + height, left // 4 : left // 4 + width] = own
 
         with ThreadPoolExecutor(self._threads) as pool:
-            for _ in pool.map(fine, range(shape[0])):
+            for _ in pool.map(fine, self._pieces(0)):
                 pass
         if quarters:
-            strips = [_Strip(quarter, 0) for quarter in quarters]
+            parts = [_Part(quarter, 0, 0) for quarter in quarters]
             del quarters
             for level in range(2, len(self._sizes)):
-                step = 1 << level  # as many tile rows as make TILE rows here
-                for row in range(0, len(self._rows) - 1, step):
-                    self._measure_band(level, row, min(row + step, len(self._rows) - 1), strips, sums[level])
-                strips = [_Strip(_halve(strip.linear), 0) for strip in strips]
+                for area in self._pieces(level):
+                    self._measure_piece(level, area, parts, sums[level])
+                parts = [_Part(_halve(part.linear), 0, 0) for part in parts]
         self._complete = self._keep
         return sums
 
-    def _measure_band(self, level: int, begin: int, end: int, strips: list[_Strip], sums: Sums) -> None:
-        """Add the features of tile rows ``begin`` to ``end`` at one resolution. ``strips``: the view's, the original's
-        if its side isn't kept."""
-        rows = self._scaled(self._rows, level, 0)[begin : end + 1]
-        columns = self._scaled(self._columns, level, 1)[:-1]
-        height = self._sizes[level][0]
+    def _pieces(self, level: int) -> Iterator[_Area]:
+        """The picture in pieces of one size, whatever the resolution."""
+        rows, columns = len(self._rows) - 1, len(self._columns) - 1
+        high, wide = 1 << level, _PIECE_TILES << level
+        for top in range(0, rows, high):
+            for left in range(0, columns, wide):
+                yield _Area(top, min(top + high, rows), left, min(left + wide, columns))
+
+    def _measure_piece(self, level: int, area: _Area, parts: list[_Part], sums: Sums) -> None:
+        """Add the features of some tiles at one resolution. ``parts``: of the view, of the original if its side isn't
+        kept."""
+        rows = self._scaled(self._rows, level, 0)[area.top : area.bottom + 1]
+        columns = self._scaled(self._columns, level, 1)[area.left : area.right + 1]
         channels = list(self._plan[level])
         if not channels:
             return
-        views = _planes(strips[0], rows[0], rows[-1], height, channels)
-        originals = _planes(strips[1], rows[0], rows[-1], height, channels) if len(strips) > 1 else None
+        views = _planes(parts[0], rows, columns, self._sizes[level], channels)
+        originals = _planes(parts[1], rows, columns, self._sizes[level], channels) if len(parts) > 1 else None
+        starts = [column - columns[0] for column in columns[:-1]]
         index = 0
         for position, (channel, features) in enumerate(self._plan[level].items()):
-            key = (level, begin, channel)
-            prepared = self._kept[key] if originals is None else _prepare(originals[position], channel)
+            key = (level, area, channel)
+            prepared = self._kept[key] if originals is None else _prepare(originals[position])
             if self._keep:
                 self._kept[key] = prepared
-            maps = _maps(prepared, views[position], channel, {feature.map for feature in features})
+            maps = _maps(prepared, views[position], {feature.map for feature in features})
             for feature in features:
                 values = maps[feature.map] if feature.power == 1 else maps[feature.map].square().square_()
-                for row, (top, bottom) in enumerate(itertools.pairwise(rows), begin):
+                for row, (top, bottom) in enumerate(itertools.pairwise(rows), area.top):
                     by_column = values[top - rows[0] : bottom - rows[0]].sum(0).numpy()
-                    sums[index, row] = np.add.reduceat(by_column, columns, dtype=np.float64)
+                    by_tile = np.add.reduceat(by_column, starts, dtype=np.float64)
+                    sums[index, row, area.left : area.right] = by_tile
                 index += 1
 
     def _scaled(self, edges: list[int], level: int, axis: int) -> list[int]:
@@ -295,12 +321,12 @@ def _edges(size: int) -> list[int]:
     return [*range(0, count * TILE, TILE), size]
 
 
-def _linear(picture: Pixels, top: int, bottom: int) -> _Strip:
-    """Rows of a picture as light: 3×h×w in 0 to 1."""
-    top, bottom = max(0, top), min(bottom, picture.shape[0])
-    rows = np.require(picture[top:bottom], requirements=("C", "W"))
-    indices = torch.from_numpy(rows).permute(2, 0, 1).contiguous().int()
-    return _Strip(_LINEAR.index_select(0, indices.view(-1)).view(indices.shape), top)
+def _linear(picture: Pixels, top: int, bottom: int, left: int, right: int) -> _Part:
+    """Some pixels of a picture, with the margin around them, as light: 3×h×w in 0 to 1."""
+    top, left = max(0, top - _MARGIN), max(0, left - _MARGIN)
+    part = np.require(picture[top : bottom + _MARGIN, left : right + _MARGIN], requirements=("C", "W"))
+    indices = torch.from_numpy(part).permute(2, 0, 1).contiguous().int()
+    return _Part(_LINEAR.index_select(0, indices.view(-1)).view(indices.shape), top, left)
 
 
 def _halve(linear: Tensor) -> Tensor:
@@ -313,14 +339,22 @@ def _halve(linear: Tensor) -> Tensor:
     return (columns[:, :, ::2] + columns[:, :, 1::2]).mul_(0.25)  # seven times as fast as avg_pool2d
 
 
-def _planes(strip: _Strip, top: int, bottom: int, height: int, channels: list[int]) -> list[Tensor]:
-    """XYB planes of rows ``top`` to ``bottom`` and the blur's radius around them; beyond the picture, its mirror
-    image."""
-    above, below = max(0, _RADIUS - top), max(0, bottom + _RADIUS - height)
-    rows = strip.linear[:, max(0, top - _RADIUS) - strip.first : min(height, bottom + _RADIUS) - strip.first]
+def _planes(
+    part: _Part, rows: list[int], columns: list[int], size: tuple[int, int], channels: list[int]
+) -> list[Tensor]:
+    """XYB planes of a piece and the blur's radius around it; above and below the picture, its mirror image; left and
+    right of it, what the reference has there."""
+    (top, bottom), (left, right) = (rows[0], rows[-1]), (columns[0], columns[-1])
+    above, below = max(0, _RADIUS - top), max(0, bottom + _RADIUS - size[0])
+    before, after = max(0, _RADIUS - left), max(0, right + _RADIUS - size[1])
+    pixels = part.linear[
+        :,
+        max(0, top - _RADIUS) - part.top : min(size[0], bottom + _RADIUS) - part.top,
+        max(0, left - _RADIUS) - part.left : min(size[1], right + _RADIUS) - part.left,
+    ]
     # Blue's response is for channel B only.
     cones = 3 if 2 in channels else 2
-    response = torch.einsum("ij,jhw->ihw", _OPSIN[:cones], rows).add_(_BIAS)
+    response = torch.einsum("ij,jhw->ihw", _OPSIN[:cones], pixels).add_(_BIAS)
     response = response.log_().mul_(1 / 3).exp_().sub_(_BIAS ** (1 / 3))  # a cube root; thrice as fast as pow
     luminance = (response[0] + response[1]).mul_(0.5)
     result = []
@@ -333,23 +367,25 @@ def _planes(strip: _Strip, top: int, bottom: int, height: int, channels: list[in
             plane = response[2] - luminance
         if above or below:
             plane = torch.cat((plane[:above].flip(0), plane, plane[plane.shape[0] - below :].flip(0)))
+        if before or after:
+            plane = F.pad(plane, (before, after), value=_OUTSIDE[channel])
         result.append(plane)
     return result
 
 
-def _prepare(plane: Tensor, channel: int) -> _Prepared:
-    canvas, (first, second) = _canvas(2, plane, _OUTSIDE[channel])
+def _prepare(plane: Tensor) -> _Prepared:
+    canvas, (first, second) = _canvas(2, plane)
     first.copy_(plane)
     torch.square(plane, out=second)
     mean, square = _blur(canvas, plane)
     return _Prepared(plane, mean.clone(), square.addcmul(mean, mean, value=-1).add_(_C2))
 
 
-def _maps(original: _Prepared, view: Tensor, channel: int, wanted: set[int]) -> dict[int, Tensor]:
+def _maps(original: _Prepared, view: Tensor, wanted: set[int]) -> dict[int, Tensor]:
     """The wanted ones of ssim (0), ringing (1) and lost (2), h×w each."""
     maps = {}
     if 0 in wanted:
-        canvas, (first, second, third) = _canvas(3, view, _OUTSIDE[channel])
+        canvas, (first, second, third) = _canvas(3, view)
         first.copy_(view)
         torch.square(view, out=second)
         torch.mul(view, original.plane, out=third)
@@ -359,13 +395,13 @@ def _maps(original: _Prepared, view: Tensor, channel: int, wanted: set[int]) -> 
         nearness = (original.mean - mean).square_().neg_().add_(1)
         maps[0] = similar.mul_(nearness).neg_().add_(1).clamp_(min=0)
     else:
-        canvas, (first,) = _canvas(1, view, _OUTSIDE[channel])
+        canvas, (first,) = _canvas(1, view)
         first.copy_(view)
         (mean,) = _blur(canvas, view)
     if wanted & {1, 2}:
         core = slice(_RADIUS, -_RADIUS)
-        edges = (view[core] - mean).abs_().add_(1)
-        edges.div_((original.plane[core] - original.mean).abs_().add_(1)).sub_(1)
+        edges = (view[core, core] - mean).abs_().add_(1)
+        edges.div_((original.plane[core, core] - original.mean).abs_().add_(1)).sub_(1)
         if 1 in wanted:
             maps[1] = edges.clamp(min=0)
         if 2 in wanted:
@@ -389,21 +425,19 @@ _DOWN = _band_matrix(_ROWS_AT_ONCE)
 _ACROSS = _band_matrix(_COLUMNS_AT_ONCE).T.contiguous()
 
 
-def _canvas(count: int, plane: Tensor, outside: float) -> tuple[Tensor, list[Tensor]]:
+def _canvas(count: int, plane: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Room for ``plane`` and ``count`` - 1 products of it to be blurred at once, and the places to put them."""
     rows, width = plane.shape
     rows_padded = rows + -(rows - 2 * _RADIUS) % _ROWS_AT_ONCE
-    width_padded = width + -width % _COLUMNS_AT_ONCE + 2 * _RADIUS
+    width_padded = width + -(width - 2 * _RADIUS) % _COLUMNS_AT_ONCE
     canvas = torch.empty((rows_padded, count, width_padded))
     canvas[rows:] = 0
-    for index in range(count):
-        for side in (canvas[:rows, index, :_RADIUS], canvas[:rows, index, _RADIUS + width :]):
-            side.fill_(outside if index == 0 else outside**2)
-    return canvas, list(canvas[:rows, :, _RADIUS : _RADIUS + width].unbind(1))
+    canvas[:rows, :, width:] = 0
+    return canvas, list(canvas[:rows, :, :width].unbind(1))
 
 
 def _blur(canvas: Tensor, plane: Tensor) -> tuple[Tensor, ...]:
-    """Gaussian blur of the planes on a canvas, each (h + 10)×w as ``plane`` → h×w.
+    """Gaussian blur of the planes on a canvas, each (h + 10)×(w + 10) as ``plane`` → h×w.
 
     By matrix products on blocks: three times as fast as torch's convolution of one channel, though most factors are 0.
     """
@@ -415,4 +449,4 @@ def _blur(canvas: Tensor, plane: Tensor) -> tuple[Tensor, ...]:
         torch.mm(_DOWN, side_by_side[top : top + _DOWN.shape[1]], out=down[top : top + _ROWS_AT_ONCE])
     blocks = down.view(height, count, width).unfold(2, _ACROSS.shape[0], _COLUMNS_AT_ONCE)
     across = blocks.reshape(-1, _ACROSS.shape[0]).mm(_ACROSS).view(height, count, -1)
-    return across[: plane.shape[0] - 2 * _RADIUS, :, : plane.shape[1]].unbind(1)
+    return across[: plane.shape[0] - 2 * _RADIUS, :, : plane.shape[1] - 2 * _RADIUS].unbind(1)
