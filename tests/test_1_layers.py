@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "esrfs"
 
 # Top first: a module may import from its own layer and from those below.
 LAYERS = [
-    "cli", "mount", "vfs", "upkeep", "cache", "store", "engine", "compaction", "reconstruction",
+    "cli", "evaluate", "mount", "vfs", "upkeep", "cache", "store", "engine", "compaction", "reconstruction",
     "formats", "blob", "networks", "metrics",
 ]  # fmt: skip
 # Importable by all, for they import nothing but each other: values that travel between layers, what every layer needs.
@@ -21,8 +21,8 @@ GROUND = {
     "esrfs", "esrfs.config", "esrfs.faults", "esrfs.exit_codes", "esrfs.control", "esrfs.journal", "esrfs.prometheus",
     "esrfs.blob", "esrfs.blob.recipe", "esrfs.compaction", "esrfs.compaction.outcome",
 }  # fmt: skip
-# Beside the list: programs of a developer, which may import everything.
-FREE = {"train", "evaluate"}
+# Beside the list: a developer's program, which may import everything.
+FREE = {"train"}
 HEAVY = {"torch", "numpy"}
 # What runs in the mount's process or in a command's: no torch, no numpy (start-up, memory, decoding elsewhere only).
 LIGHT_LAYERS = {"cli", "mount", "vfs", "upkeep", "cache", "store"}

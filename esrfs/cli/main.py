@@ -38,6 +38,7 @@ COMMANDS = {
     "upscale": "weights",
     "install-units": "installing",
     "train": "training",
+    "evaluate": "evaluating",
 }
 """Each command's module: only the one that is asked for is imported, which halves the time that it takes to mount."""
 

@@ -1,0 +1,128 @@
+"""``evaluate``: what codecs, kernels and networks give for their bytes. ``report``: what a store saves."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from esrfs.cli import show
+from esrfs.cli.show import CommandError
+from esrfs.exit_codes import ExitCode
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(evaluate)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(filter(None, (part.strip() for part in text.split(",")))))
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(dict.fromkeys(int(part) for part in _names(text)))
+    except ValueError as error:
+        raise CommandError(f"{option} takes numbers, separated by commas; not {text!r}", ExitCode.USAGE) from error
+
+
+def evaluate(  # noqa: PLR0917 (typer calls it by name)
+    pictures: Annotated[list[Path], typer.Argument(metavar="FOLDER…", help="Folders of pictures, or pictures.")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Folder for the report; results in it are used again.")
+    ] = Path("evaluation"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A coarse grid: half the qualities, one way to shrink.")
+    ] = False,
+    codecs: Annotated[str, typer.Option(help="Of jpeg, webp, avif, jxl, esrfs.")] = "",
+    qualities: Annotated[str, typer.Option(help="1 to 100, for all codecs; each codec's own if left out.")] = "",
+    scales: Annotated[str, typer.Option(help="Of 1, 2, 3, 4; 1: not shrunk.")] = "1,2,3,4",
+    shrinks: Annotated[str, typer.Option(help="Of bicubic, bilinear, area.")] = "bicubic,bilinear,area",
+    grows: Annotated[str, typer.Option(help="Of bicubic, lanczos.")] = "bicubic,lanczos",
+    networks: Annotated[str, typer.Option(help="See `esrfs weights list`; all, or none.")] = "all",
+    presets: Annotated[str, typer.Option(help="Of esrfs: faithful, high, balanced, small; all if left out.")] = "",
+    metrics: Annotated[str, typer.Option(help="Of ssimulacra2, psnr, ssim, ms_ssim, niqe.")] = "",
+    anchor: Annotated[str, typer.Option(help="The codec that others are compared with.")] = "avif",
+    crops: Annotated[int, typer.Option(min=0, help="Pictures to show crops of.")] = 3,
+    jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: one for each core.")] = 0,
+) -> None:
+    """Compare codecs, ways to shrink and grow, and networks on pictures: an HTML report, CSV and JSON.
+
+    Takes as long as the grid is large: begin with --quick. Stop it at any time; the same command goes on from there.
+    """
+    from esrfs.evaluate import requirements  # noqa: PLC0415 (numpy, torch and optional packages: only here)
+
+    try:
+        requirements.check()
+    except requirements.MissingError as error:
+        raise CommandError(str(error), ExitCode.FAILED) from error
+    from esrfs.evaluate import command, grid, results, run  # noqa: PLC0415
+
+    files = _find(pictures)
+    default = grid.Choice()
+    choice = grid.Choice(
+        codecs=_names(codecs) or default.codecs,
+        qualities=_numbers("--qualities", qualities),
+        scales=_numbers("--scales", scales),
+        shrinks=_names(shrinks),
+        grows=_names(grows),
+        networks=None if networks == "all" else () if networks == "none" else _names(networks),
+        presets=_names(presets) or default.presets,
+        measures=_names(metrics) or default.measures,
+        quick=quick,
+        may_lack=default.may_lack - set(_names(codecs)),
+    )
+    try:
+        with show.progress("Looking at pictures") as looking, show.progress("Evaluating") as evaluating:
+            made = command.evaluate(
+                files,
+                choice,
+                out,
+                jobs=jobs or run.cores(),
+                anchor=anchor,
+                crop_rows=crops,
+                command_line=shlex.join(["esrfs", *sys.argv[1:]]),
+                looking=looking,
+                progress=evaluating,
+            )
+    except grid.ChoiceError as error:
+        raise CommandError(str(error), ExitCode.USAGE) from error
+    except results.BusyError as error:
+        raise CommandError(str(error), ExitCode.BUSY) from error
+    except run.WorkerLostError as error:
+        raise CommandError(
+            "a worker process was killed, most likely for want of memory; what was measured is kept. "
+            "Give the same command again with --jobs 1",
+            ExitCode.FAILED,
+        ) from error
+    except command.NothingToDoError as error:
+        raise CommandError(str(error), ExitCode.FAILED) from error
+    for name, why in made.refused.items():
+        show.note(f"{name} is left out: {why}")
+    for why in made.left_out:
+        show.note(why)
+    for path in made.files:
+        show.line(str(path))
+
+
+def _find(given: list[Path]) -> list[tuple[Path, str]]:
+    """(file, its name in the report) of every file at and below the given paths, sorted. Hidden ones are left out."""
+    found: list[tuple[Path, str]] = []
+    for path in given:
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.is_file())
+            names = [(file, file.relative_to(path)) for file in inside]
+            found += [(file, str(name)) for file, name in names if not any(part[0] == "." for part in name.parts)]
+        elif path.is_file():
+            found.append((path, path.name))
+        else:
+            raise CommandError(f"{path}: no such file or folder", ExitCode.FAILED)
+    taken: set[str] = set()
+    for index, (file, name) in enumerate(found):
+        if name in taken:
+            found[index] = (file, str(file))
+        taken.add(found[index][1])
+    return found

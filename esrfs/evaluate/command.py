@@ -1,0 +1,65 @@
+"""What ``esrfs evaluate`` does: look at the pictures, run what is missing, write page, CSV and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from esrfs.evaluate import comparison, grid, page, results, run
+from esrfs.evaluate.curves import Comparison
+
+
+class NothingToDoError(Exception):
+    """For people: there is no picture, or no trial."""
+
+
+@dataclass(frozen=True)
+class Made:
+    files: list[Path]
+    refused: dict[str, str]
+    """Files that were left out, and why."""
+    left_out: list[str]
+
+
+def evaluate(
+    files: Sequence[tuple[Path, str]],
+    choice: grid.Choice,
+    out: Path,
+    *,
+    jobs: int,
+    anchor: str,
+    crop_rows: int,
+    command_line: str,
+    looking: run.Progress,
+    progress: run.Progress,
+) -> Made:
+    """Write ``report.html``, ``results.csv`` and ``results.json`` to the folder ``out``; ``results.jsonl`` there is
+    what is known already. The same results give the same files.
+
+    Raises ChoiceError, BusyError, NothingToDoError, WorkerLostError, OSError.
+    """
+    grid.plan([], choice)  # a choice that can't be had is told before anything is done
+    with results.Kept(out) as kept, run.Crew(jobs) as crew:
+        pictures, refused = crew.examine(files, looking)
+        if not pictures:
+            reasons = "; ".join(f"{name} {why}" for name, why in list(refused.items())[:3])
+            raise NothingToDoError(f"there is no picture to evaluate{': ' if reasons else ''}{reasons}")
+        plan = grid.plan(pictures, choice)
+        if not plan.trials:
+            raise NothingToDoError("with these options there is nothing to try; give more codecs, scales or networks")
+        found = crew.run(plan.trials, kept, progress)
+        told = comparison.Run(command_line, pictures, refused, plan.left_out, choice.measures, anchor, crop_rows)
+        table = results.rows(found, choice.measures)
+        written = [out / "report.html", out / "results.csv", out / "results.json"]
+        results.write_csv(written[1], table, choice.measures)
+        _write_json(written[2], table)
+        page.write(written[0], comparison.make(Comparison(found), told))
+    return Made(written, refused, plan.left_out)
+
+
+def _write_json(path: Path, table: Sequence[dict[str, object]]) -> None:
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)

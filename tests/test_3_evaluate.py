@@ -1,0 +1,157 @@
+"""``esrfs evaluate`` as a command: worker processes, going on where a run stopped, what it says."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from esrfs.cli import main
+from esrfs.evaluate import grid, requirements, trial
+from esrfs.exit_codes import ExitCode
+from tests.conftest import photograph
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    folder = tmp_path / "pictures"
+    (folder / "sub").mkdir(parents=True)
+    photograph("coffee").crop((200, 100, 392, 260)).save(folder / "coffee.png")
+    photograph("astronaut").crop((100, 0, 267, 181)).save(folder / "sub" / "astronaut.jpg", quality=95)
+    (folder / "notes.txt").write_text("Not a picture.\n")
+    (folder / ".hidden.png").write_bytes((folder / "coffee.png").read_bytes())
+    return folder
+
+
+def run(*arguments: str | Path) -> int:
+    return main.run(["esrfs", "evaluate", *map(str, arguments)])
+
+
+QUALITIES = "30,60,90"
+SMALL = ["--codecs", "jpeg,webp", "--scales", "1,2", "--shrinks", "area", "--networks", "lite-x2"]
+SMALL += ["--qualities", QUALITIES]
+SMALL += ["--metrics", "ssimulacra2,psnr", "--crops", "1"]
+
+
+def test_a_second_run_goes_on_where_the_first_stopped(pictures, tmp_path, capsys):
+    out = tmp_path / "report"
+    assert run(pictures, "-o", out, *SMALL, "--jobs", "2") == ExitCode.OK
+    said = capsys.readouterr()
+    assert said.out.split() == [str(out / name) for name in ("report.html", "results.csv", "results.json")]
+    assert "notes.txt is left out" in said.err
+    rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    # 2 pictures × 2 codecs × 3 qualities × (whole + bicubic, lanczos, network)
+    assert len(rows) == 2 * 2 * 3 * 4
+    assert {row["picture"] for row in rows} == {"coffee.png", "sub/astronaut.jpg"}
+    assert all(row["ssimulacra2"] and row["psnr"] and float(row["ratio"]) > 0 for row in rows)
+    assert json.loads((out / "results.json").read_text())[0]["bytes"] == int(rows[0]["bytes"])
+    page = (out / "report.html").read_text()
+    assert "WebP 1/2 area → lite-x2" in page
+    assert page.count("data:image/webp") == 3
+    first = {
+        name: (out / name).read_bytes() for name in ("results.jsonl", "results.csv", "results.json", "report.html")
+    }
+    assert run(pictures, "-o", out, *SMALL, "--jobs", "1") == ExitCode.OK
+    for name, content in first.items():
+        assert (out / name).read_bytes() == content, name
+    more = [*SMALL, "--jobs", "1"]
+    more[more.index(QUALITIES)] = "30,60,90,95"
+    assert run(pictures / "coffee.png", "-o", out, *more) == ExitCode.OK
+    assert (out / "results.jsonl").read_bytes().startswith(first["results.jsonl"])
+    assert len((out / "results.jsonl").read_bytes().splitlines()) == len(rows) + 2 * 4
+    rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    assert len(rows) == 2 * 4 * 4
+
+
+def test_ctrl_c_ends_it_and_keeps_what_is_done(pictures, tmp_path):
+    out = tmp_path / "report"
+    arguments = [pictures, "-o", out, "--codecs", "avif,webp,jpeg", "--jobs", "2"]
+    script = "import sys; from esrfs.cli.main import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "evaluate", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not ((out / "results.jsonl").exists() and (out / "results.jsonl").stat().st_size):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
+        _, errors = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == ExitCode.INTERRUPTED
+    assert errors.replace("esrfs: notes.txt", "") == ""
+    done = (out / "results.jsonl").read_bytes()
+    assert done.endswith(b"\n")
+    assert not (out / "report.html").exists()
+    deadline = time.monotonic() + 20
+    with pytest.raises(ProcessLookupError):  # no worker is left
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+
+
+def test_the_store_s_own_way_is_that_of_compaction(pictures, tmp_path):
+    picture = trial.examine(pictures / "sub" / "astronaut.jpg", "a")
+    assert isinstance(picture, trial.Picture)
+    plan = grid.plan(
+        [picture], grid.Choice(codecs=("esrfs",), presets=("small", "faithful"), measures=("ssimulacra2",))
+    )
+    small, faithful = (trial.run(each)[0] for each in plan.trials)
+    assert small.bytes is not None
+    assert small.bytes < small.original_bytes
+    assert small.note.startswith("scale ")
+    assert small.measures["ssimulacra2"] >= 50
+    assert small.restore_seconds > 0
+    assert small.store_seconds > 0
+    assert faithful.bytes is None or faithful.note == "without loss" or faithful.measures["ssimulacra2"] >= 85
+
+
+def test_networks_grow_by_their_own_scale(pictures):
+    picture = trial.examine(pictures / "coffee.png", "a")
+    assert isinstance(picture, trial.Picture)
+    choice = grid.Choice(codecs=("webp",), scales=(2,), shrinks=("bicubic",), qualities=(90,), measures=("psnr",))
+    (only,) = grid.plan([picture], choice).trials
+    found = {result.way.grow: result for result in trial.run(only)}
+    assert found["lite-x2"].measures["psnr"] > found["bicubic"].measures["psnr"]
+    shown = trial.version_of(only, "lite-x2")
+    assert shown.shape == trial.original_of(picture).shape
+    assert np.abs(shown.astype(int) - trial.original_of(picture)).mean() < 12
+
+
+def test_what_can_not_be_done_is_told(pictures, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "report"
+    assert run(pictures, "-o", out, "--codecs", "gif") == ExitCode.USAGE
+    assert "there is no codec 'gif'" in capsys.readouterr().err
+    assert run(pictures, "-o", out, "--scales", "two") == ExitCode.USAGE
+    assert "--scales takes numbers" in capsys.readouterr().err
+    assert not out.exists()
+    assert run(tmp_path / "nowhere", "-o", out) == ExitCode.FAILED
+    assert "no such file or folder" in capsys.readouterr().err
+    assert run(pictures / "notes.txt", "-o", out, "--jobs", "1") == ExitCode.FAILED
+    assert "there is no picture to evaluate: notes.txt this is no picture" in capsys.readouterr().err
+    monkeypatch.setattr(requirements, "REPORT", ("no_such_package",))
+    assert run(pictures, "-o", out) == ExitCode.FAILED
+    assert "pip install 'esrfs[report]'" in capsys.readouterr().err
+
+
+def test_bad_pictures_are_refused_with_a_reason(tmp_path):
+    photograph("coffee").crop((0, 0, 40, 90)).save(tmp_path / "tiny.png")
+    assert trial.examine(tmp_path / "tiny.png", "t") == "40 × 90 pixels are too few to measure"
+    (tmp_path / "broken.png").write_bytes((tmp_path / "tiny.png").read_bytes()[:-700])
+    assert isinstance(trial.examine(tmp_path / "broken.png", "b"), str)
+    assert trial.examine(tmp_path / "gone.png", "g") == "can't be read: No such file or directory"
