@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "esrfs"
+DAEMON = PACKAGE.parent / "daemon" / "esrfs_daemon"
 
 # Top first: a module may import from its own layer and from those below.
 LAYERS = [
@@ -77,9 +79,24 @@ def test_only_the_adapter_imports_the_fuse_binding():
             assert "import mfusepy" not in path.read_text() and "from mfusepy" not in path.read_text(), module
 
 
+def test_the_daemon_uses_a_mount_as_any_program_would():
+    """Of the store it takes system calls and looks at folders; it opens none."""
+    allowed = {"esrfs.store.linux", "esrfs.store.metadata", "esrfs.store.beneath", "esrfs.store.layout",
+               "esrfs.store.initialise", "esrfs.store.errors", "esrfs.upkeep.compact", "esrfs.journal",
+               "esrfs.prometheus"}  # fmt: skip
+    for path in sorted(DAEMON.glob("*.py")):
+        text = path.read_text()
+        found = set(re.findall(r"^\s*(?:from|import) (esrfs(?:\.\w+)+)", text, re.MULTILINE))
+        for package, names in re.findall(r"^from (esrfs(?:\.store|\.upkeep)?) import (.+)", text, re.MULTILINE):
+            found = (found - {package}) | {f"{package}.{name.strip()}" for name in names.split(",")}
+        assert found - GROUND <= allowed, path.name
+        assert "open_store" not in text, path.name
+
+
 def test_light_processes_import_no_torch_and_no_numpy():
     light = [name for name in MODULES if layer(name) in LIGHT_LAYERS or name in LIGHT_MODULES | GROUND]
     light = [name for name in light if not name.endswith("__main__")]
+    light += [f"esrfs_daemon.{path.stem}" for path in sorted(DAEMON.glob("*.py")) if not path.stem.startswith("__")]
     script = f"""
 import importlib, sys
 for name in {light!r}:

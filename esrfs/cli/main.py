@@ -31,6 +31,7 @@ COMMANDS = {
     "compact": "compacting",
     "pause": "compacting",
     "resume": "compacting",
+    "migrate": "migrating",
     "check": "repairing",
     "restore": "repairing",
     "cache": "caching",

@@ -200,13 +200,13 @@ def refuse_unsuitable(path: str, *, allow_itself: bool = False) -> None:
 
     Walks the whole tree below ``path`` (names only). ``allow_itself``: ``path`` may be a store already.
     """
-    if _is_view(path):
+    if is_view(path):
         raise StoreError(
             f"{path} is the view of a store. Make the store itself elsewhere; nothing was changed.", Problem.REFUSED
         )
     above = os.path.dirname(path)
     while True:
-        reason = _what_marks(above, _names(above))
+        reason = what_marks(above, _names(above))
         if reason:
             raise StoreError(f"{path} lies in {above}, {reason} Nothing was changed.", Problem.REFUSED)
         if above == os.path.dirname(above):
@@ -216,7 +216,7 @@ def refuse_unsuitable(path: str, *, allow_itself: bool = False) -> None:
         names = {*directories, *files}
         if top == path and allow_itself:
             names.discard(RESERVED)
-        reason = _what_marks(top, names)
+        reason = what_marks(top, names)
         if reason:
             where = f"{path} is" if top == path else f"{path} holds {top},"
             raise StoreError(f"{where} {reason} Nothing was changed.", Problem.REFUSED)
@@ -239,7 +239,7 @@ _OWN_SYNC = re.compile(r"\._?sync_[0-9a-f]+\.db")
 """The journal of Nextcloud's and ownCloud's desktop clients, at the root of each folder that they mirror."""
 
 
-def _what_marks(directory: str, names: set[str]) -> str | None:
+def what_marks(directory: str, names: set[str]) -> str | None:
     """Why files in and below ``directory`` must stay as they are, as the end of "X is …"; None if nothing says so."""
     if RESERVED in names and layout.is_store(directory):
         return "an esrfs store already. Mount that one, or choose a directory outside it."
@@ -281,7 +281,7 @@ def _is_borg(directory: str) -> bool:
     return "[repository]" in text and "id =" in text
 
 
-def _is_view(path: str) -> bool:
+def is_view(path: str) -> bool:
     """Whether ``path`` lies on a mounted view."""
     try:
         device = os.stat(path).st_dev
