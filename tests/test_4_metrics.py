@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
@@ -62,6 +63,10 @@ def test_a_mount_tells_its_figures(quick: QuickMounted) -> None:
         assert len((quick.path / "a.jpg").read_bytes()) == len(photo(2))
     with open(quick.path / "notes.txt", "rb"):
         found = wait_for(port)
+    documented = (Path(__file__).resolve().parent.parent / "docs" / "operations.md").read_text()
+    for name in found:
+        bare = re.sub(r"(_bucket|_count|_sum)?(\{.*)?$", "", name)
+        assert bare in documented or bare.startswith("process_"), name
     about = next(name for name in found if name.startswith("esrfs_mount_info{"))
     assert f"mountpoint={quick.path}" in about
     assert quick.config.id in about
