@@ -151,6 +151,25 @@ def test_any_webp_gets_a_view_of_its_size(
     assert view is None or recipe.expand(view.suffix).endswith(trailing)
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    width=st.integers(1, 120),
+    height=st.integers(1, 120),
+    mode=st.sampled_from(["L", "LA", "RGB", "RGBA"]),
+    compression=st.sampled_from(["raw", "tiff_lzw", "tiff_adobe_deflate"]),
+    strip=st.integers(1, 20_000),
+    trailing=st.binary(max_size=50),
+    seed=st.integers(0, 1000),
+)
+def test_any_tiff_gets_a_view_of_its_size(
+    *, width: int, height: int, mode: str, compression: str, strip: int, trailing: bytes, seed: int
+) -> None:
+    out = io.BytesIO()
+    made_picture(width, height, mode, seed, 20).save(out, "TIFF", compression=compression, strip_size=strip)
+    view = check_view(out.getvalue() + trailing)
+    assert view is not None or compression != "raw"
+
+
 def small_files() -> list[bytes]:
     files = []
     for kind, options in (("JPEG", {"quality": 60}), ("PNG", {}), ("WEBP", {}), ("GIF", {}), ("BMP", {}), ("TIFF", {})):

@@ -81,6 +81,29 @@ class WebpCoding(msgspec.Struct, frozen=True, tag="webp"):
     """The alpha plane (height × width bytes), zlib-compressed, exact; empty for RGB."""
 
 
+class TiffCoding(msgspec.Struct, frozen=True, tag="tiff"):
+    """How pixels become the strips or tiles of a TIFF."""
+
+    mode: OneOf["L", "RGB"]
+    compression: int
+    """As TIFF numbers it: 1 none, 5 LZW, 8 and 32946 Deflate."""
+    predictor: bool
+    """Whether samples are stored as differences to those on their left."""
+    planar: bool
+    """Whether each sample's plane lies for itself."""
+    part_width: int
+    """Of a strip or tile, in pixels."""
+    part_height: int
+    tiled: bool
+    """Tiles reach over the picture's edge."""
+    parts: list[tuple[int, int]]
+    """Offset in the scan, and length, of each strip or tile, in TIFF's order: by rows, then by planes."""
+    between: list[bytes]
+    """What lies between them, in the file's order."""
+    extra: bytes = b""
+    """The sample after gray or RGB, alpha mostly (height × width bytes), zlib-compressed, exact; empty: none."""
+
+
 class BmpCoding(msgspec.Struct, frozen=True, tag="bmp"):
     """How pixels become the rows of an uncompressed BMP."""
 
@@ -111,7 +134,7 @@ class JpegXlCoding(msgspec.Struct, frozen=True, tag="jpegxl"):
     """Bytes of the transcoded JPEG that follow the scan, EOI included."""
 
 
-PictureCoding = JpegCoding | PngCoding | WebpCoding | BmpCoding
+PictureCoding = JpegCoding | PngCoding | WebpCoding | TiffCoding | BmpCoding
 Coding = PictureCoding | Verbatim | JpegXlCoding
 
 

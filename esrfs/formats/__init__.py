@@ -58,9 +58,9 @@ def split(data: bytes, max_megapixels: float) -> Split:
 
 
 def _module(kind: str) -> _Kind:
-    from esrfs.formats import bmp, jpeg, png, webp  # noqa: PLC0415
+    from esrfs.formats import bmp, jpeg, png, tiff, webp  # noqa: PLC0415
 
-    modules: dict[str, _Kind] = {"jpeg": jpeg, "png": png, "webp": webp, "bmp": bmp}
+    modules: dict[str, _Kind] = {"jpeg": jpeg, "png": png, "webp": webp, "tiff": tiff, "bmp": bmp}
     return modules[kind]
 
 

@@ -6,7 +6,7 @@ and ``encode_scan``, and that module in ``formats``.
 
 from __future__ import annotations
 
-COMPACTED = {"jpeg": "JPEG", "png": "PNG", "webp": "WebP", "bmp": "BMP"}
+COMPACTED = {"jpeg": "JPEG", "png": "PNG", "webp": "WebP", "tiff": "TIFF", "bmp": "BMP"}
 """Each kind, as ``identify`` and the recipe's coding name it, and its name for people."""
 
 

@@ -16,6 +16,7 @@ from PIL import Image, ImageFilter, UnidentifiedImageError
 
 from esrfs.compaction.outcome import Reason
 from esrfs.formats.identify import identify
+from esrfs.formats.tiff_parse import upright
 from esrfs.formats.view import Pixels, Unsupported
 
 Image.MAX_IMAGE_PIXELS = None
@@ -53,6 +54,8 @@ def check_dimensions(width: int, height: int, max_megapixels: float, kind: str) 
 def decode(data: bytes, max_megapixels: float) -> Pixels:
     """See ``formats.decode``."""
     kind = identify(data)
+    if kind == "tiff":
+        data = upright(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata; only pixels are asked for here

@@ -1,0 +1,204 @@
+"""The structure of a TIFF file, and what esrfs refuses to touch in it.
+
+Accepted: classic TIFF (not BigTIFF), one picture of 8 bits a sample, gray or RGB, with one extra sample (alpha) or
+without, in strips or tiles, chunky or planar, uncompressed or in LZW or Deflate with predictor 1 or 2. Reduced pictures
+(thumbnails) may follow. RAW files in TIFF's clothes are refused.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from esrfs.compaction.outcome import Reason
+from esrfs.formats.view import Unsupported
+
+_SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 254, 256, 257, 258, 259, 262, 266
+_STRIP_OFFSETS, _ORIENTATION, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR, _PREDICTOR = 273, 274, 277, 278, 279, 284, 317
+_TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES, _EXTRA, _FORMAT = 322, 323, 324, 325, 338, 339
+_DNG = 50706
+_NUMBERS = {1: "B", 3: "H", 4: "I"}
+"""Types of entries that hold what is asked for here: byte, short, long."""
+_PAGES = 32
+NONE, LZW, DEFLATE, OLD_DEFLATE = 1, 5, 8, 32946
+_COMPRESSIONS = {
+    2: "CCITT fax",
+    3: "CCITT fax",
+    4: "CCITT fax",
+    6: "old JPEG",
+    7: "JPEG",
+    32773: "PackBits",
+    34712: "JPEG 2000",
+    34925: "LZMA",
+    50000: "Zstandard",
+    50001: "WebP",
+    50002: "JPEG XL",
+    52546: "JPEG XL",
+}
+_PHOTOMETRICS = {
+    0: "codes white as 0",
+    3: "has a palette",
+    4: "is a mask",
+    5: "is CMYK",
+    6: "is YCbCr",
+    8: "is CIELab",
+    32803: "is a camera's RAW file",
+    34892: "is a camera's RAW file",
+}
+
+
+@dataclass(frozen=True)
+class Structure:
+    width: int
+    height: int
+    samples: int
+    """1 gray, 2 gray and another, 3 RGB, 4 RGB and another."""
+    premultiplied: bool
+    """Whether colours are multiplied by the extra sample, which is alpha."""
+    compression: int
+    predictor: bool
+    planar: bool
+    """Each sample's plane for itself."""
+    part_width: int
+    """Of a strip or tile, in pixels; tiles reach over the picture's edge, strips do not."""
+    part_height: int
+    tiled: bool
+    parts: list[tuple[int, int]]
+    """Offset and length in bytes of each strip or tile, in TIFF's order."""
+
+
+def parse(data: bytes) -> Structure:
+    """Take a TIFF file apart. Raises Unsupported (UNSUPPORTED_KIND, BROKEN)."""
+    try:
+        return _parse(data)
+    except struct.error as error:
+        raise _broken("it ends too early") from error
+
+
+def upright(data: bytes) -> bytes:
+    """The same file, but with the orientation that turns nothing: Pillow would turn its pixels."""
+    try:
+        order = _order(data)
+        offset = _entries(data, struct.unpack_from(order + "I", data, 4)[0], order)[0].get(_ORIENTATION)
+        if offset is None or _values(data, offset, order) == [1]:
+            return data
+        return data[: offset + 8] + struct.pack(order + "H", 1) + data[offset + 10 :]
+    except (struct.error, Unsupported):
+        return data  # whoever decodes it will find out
+
+
+def _parse(data: bytes) -> Structure:
+    order = _order(data)
+    entries, following = _entries(data, struct.unpack_from(order + "I", data, 4)[0], order)
+
+    def get(tag: int, default: list[int]) -> list[int]:
+        return _values(data, entries[tag], order) if tag in entries else default
+
+    if _DNG in entries or get(_SUBFILE, [0])[0] & 1:
+        raise _passed("holds a small picture first, as RAW files do")
+    _check_other_pages(data, following, order)
+    compression = get(_COMPRESSION, [1])[0]
+    if compression not in (NONE, LZW, DEFLATE, OLD_DEFLATE):
+        raise _passed(f"is compressed by {_COMPRESSIONS.get(compression, f'method {compression}')}")
+    photometric = get(_PHOTOMETRIC, [-1])[0]
+    if photometric not in (1, 2):
+        raise _passed(_PHOTOMETRICS.get(photometric, "has an unusual colour space"))
+    samples = get(_SAMPLES, [1])[0]
+    bits = get(_BITS, [1])
+    if any(each != 8 for each in bits):
+        raise _passed(f"has {max(bits)} bit{'s' if max(bits) > 1 else ''} a sample")
+    if any(each != 1 for each in get(_FORMAT, [1])):
+        raise _passed("has samples that are no plain numbers")
+    colours = 1 if photometric == 1 else 3
+    if samples not in (colours, colours + 1):
+        raise _passed(f"has {samples} samples a pixel")
+    if get(_FILL_ORDER, [1]) != [1]:
+        raise _passed("has its bits in reverse order")
+    predictor = get(_PREDICTOR, [1])[0]
+    if predictor not in (1, 2):
+        raise _passed("has an unusual predictor")
+    width, height = get(_WIDTH, [0])[0], get(_HEIGHT, [0])[0]
+    planar = get(_PLANAR, [1])[0] == 2 and samples > 1
+    tiled = _TILE_OFFSETS in entries
+    if tiled:
+        part_width, part_height = get(_TILE_WIDTH, [0])[0], get(_TILE_HEIGHT, [0])[0]
+        places = list(zip(get(_TILE_OFFSETS, []), get(_TILE_BYTES, []), strict=False))
+    else:
+        part_width, part_height = width, min(get(_ROWS, [height])[0], height)
+        places = list(zip(get(_STRIP_OFFSETS, []), get(_STRIP_BYTES, []), strict=False))
+    if part_width < 1 or part_height < 1:
+        raise _broken("its header says 0 pixels")
+    expected = -(-width // part_width) * -(-height // part_height) * (samples if planar else 1)
+    _check_places(places, expected, len(data))
+    return Structure(
+        width=width,
+        height=height,
+        samples=samples,
+        premultiplied=samples > colours and get(_EXTRA, [0])[0] == 1,
+        compression=compression,
+        predictor=predictor == 2 and compression != NONE,
+        planar=planar,
+        part_width=part_width,
+        part_height=part_height,
+        tiled=tiled,
+        parts=places,
+    )
+
+
+def _order(data: bytes) -> str:
+    """How ``struct`` names the file's byte order."""
+    order = {b"II": "<", b"MM": ">"}[data[:2]]
+    if struct.unpack_from(order + "H", data, 2)[0] != 42:
+        raise _passed("is a BigTIFF")
+    return order
+
+
+def _entries(data: bytes, offset: int, order: str) -> tuple[dict[int, int], int]:
+    """Of a directory: offsets of its entries by tag, and the offset of the next directory, or 0."""
+    count = struct.unpack_from(order + "H", data, offset)[0]
+    entries: dict[int, int] = {}
+    for place in range(offset + 2, offset + 2 + 12 * count, 12):
+        entries.setdefault(struct.unpack_from(order + "H", data, place)[0], place)
+    return entries, struct.unpack_from(order + "I", data, offset + 2 + 12 * count)[0]
+
+
+def _values(data: bytes, offset: int, order: str) -> list[int]:
+    """Of an entry; at least one."""
+    kind, count = struct.unpack_from(order + "HI", data, offset + 2)
+    if kind not in _NUMBERS or not count:
+        raise _broken("an entry of its directory has a wrong type")
+    size = struct.calcsize(order + _NUMBERS[kind])
+    start = offset + 8 if size * count <= 4 else struct.unpack_from(order + "I", data, offset + 8)[0]
+    if start + size * count > len(data):
+        raise _broken("an entry of its directory lies outside of the file")
+    return list(struct.unpack_from(f"{order}{count}{_NUMBERS[kind]}", data, start))
+
+
+def _check_other_pages(data: bytes, offset: int, order: str) -> None:
+    for _ in range(_PAGES):
+        if not offset:
+            return
+        entries, offset = _entries(data, offset, order)
+        if _SUBFILE not in entries or not _values(data, entries[_SUBFILE], order)[0] & 1:
+            break
+    raise _passed("holds several pictures")
+
+
+def _check_places(places: list[tuple[int, int]], expected: int, size: int) -> None:
+    if len(places) != expected or not places:
+        raise _broken(f"it has {len(places)} strips or tiles where {expected} are due")
+    end = 8
+    for start, length in sorted(places):
+        if start < end or not length:
+            raise _broken("its strips or tiles overlap")
+        end = start + length
+    if end > size:
+        raise _broken("its pixels lie outside of the file")
+
+
+def _broken(what: str) -> Unsupported:
+    return Unsupported(Reason.BROKEN, f"this TIFF is damaged: {what}; it stays bit for bit", "tiff")
+
+
+def _passed(what: str) -> Unsupported:
+    return Unsupported(Reason.UNSUPPORTED_KIND, f"this TIFF {what}; esrfs keeps such files bit for bit", "tiff")
