@@ -442,3 +442,15 @@ def test_swap_needs_what_the_probe_found(root):
     assert mode(True, exchange=False, leases=False, links=True) is SwapMode.LINK
     assert mode(False, exchange=False, leases=True) is None
     assert mode(True, exchange=False, leases=True, links=False) is None
+
+
+def test_the_catalog_finds_blobs_by_their_pixels(catalog):
+    reference = bytes(range(32))
+    blob = Entry(state="blob", view_size=100, stored_bytes=10, path="a/\udcff.jpg", reference=reference)
+    catalog.put(ONE, blob)
+    catalog.put(Identity(1, 9, 3, 4, 5), Entry(state="blob", view_size=5, stored_bytes=4096, path="b"))
+    assert catalog.get(ONE) == blob
+    assert catalog.blobs_of(reference) == [(ONE, "a/\udcff.jpg")]
+    assert catalog.blobs_of(bytes(32)) == catalog.blobs_of(b"") == []
+    catalog.forget(ONE)
+    assert catalog.blobs_of(reference) == []

@@ -70,7 +70,14 @@ def test_stores_have_keys_of_their_own(tmp_path):
 
 def test_the_probe_leaves_nothing_and_says_what_is_so(folder):
     done = init(str(folder))
-    assert sorted(os.listdir(folder / RESERVED)) == ["ledger", "networks", "originals", "staging", "store.toml"]
+    assert sorted(os.listdir(folder / RESERVED)) == [
+        "blobs",
+        "ledger",
+        "networks",
+        "originals",
+        "staging",
+        "store.toml",
+    ]
     assert done.config.probe.links
     assert done.config.probe.fsync
     assert done.warnings == []

@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 
 REFERENCE_BYTES = 32
+_BLOCK = 4096
+_FILL = b"\xff" * _BLOCK
 
 
 def key_of(store_key: bytes) -> bytes:
@@ -19,7 +21,16 @@ def key_of(store_key: bytes) -> bytes:
     return hashlib.blake2s(key=store_key, person=b"esrfrefk").digest()
 
 
-def reference(key: bytes, scan: bytes) -> bytes:
+def reference(key: bytes, scan: bytes | memoryview) -> bytes:
     """The reference (32 bytes) of a view with this ``scan``; FF at its end, which is fill in a JPEG, counts for
     nothing."""
-    return hashlib.blake2s(scan.rstrip(b"\xff"), key=key, person=b"esrfhome").digest()
+    scan = memoryview(scan)
+    return hashlib.blake2s(scan[: without_fill(scan)], key=key, person=b"esrfhome").digest()
+
+
+def without_fill(data: memoryview) -> int:
+    """The length of ``data`` without FF at its end."""
+    end = len(data)
+    while end and data[end - 1] == 0xFF:
+        end -= _BLOCK if end >= _BLOCK and data[end - _BLOCK : end] == _FILL else 1
+    return end

@@ -24,8 +24,9 @@ from esrfs.store.identity import Identity
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-SCHEMA_VERSION = 2
-_SCHEMA = """
+SCHEMA_VERSION = 3
+_SCHEMA = (
+    """
 CREATE TABLE entries (
     dev INTEGER NOT NULL, ino INTEGER NOT NULL,       -- as signed 64 bit
     size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL,
@@ -35,12 +36,14 @@ CREATE TABLE entries (
     score REAL, scale INTEGER NOT NULL, quality INTEGER NOT NULL,
     path BLOB NOT NULL,                               -- bytes; empty: not known
     choice TEXT NOT NULL,                             -- what a verdict was made under; empty: holds under any
+    reference BLOB NOT NULL,                          -- of a blob's pixels (blob/reference.py); empty: not known
     PRIMARY KEY (dev, ino)
-) WITHOUT ROWID;
-"""
+) WITHOUT ROWID""",
+    "CREATE INDEX entries_by_reference ON entries (reference) WHERE reference != x''",
+)
 _FIELDS = (
     "state, reason, message, kind, width, height, view_size, stored_bytes, sha256_view, score, scale, quality, path, "
-    "choice"
+    "choice, reference"
 )
 
 
@@ -67,6 +70,8 @@ class Entry:
     choice: str = ""
     """The preset (``lossless``, ``never``) that a refusal was made under; empty where it would be the same under
     any."""
+    reference: bytes = b""
+    """Of a blob: ``blob/reference.py``."""
 
 
 class Catalog:
@@ -96,6 +101,7 @@ class Catalog:
             *(entry.view_size, entry.stored_bytes, entry.sha256_view, entry.score, entry.scale, entry.quality),
             os.fsencode(entry.path),
             entry.choice,
+            entry.reference,
         )
         marks = ",".join("?" * len(values))
         self._run(lambda c: c.execute(f"INSERT OR REPLACE INTO entries VALUES ({marks})", values), None)
@@ -122,6 +128,12 @@ class Catalog:
             rows = self._run(lambda c: c.execute(f"{statement} WHERE state=?", (state,)).fetchall(), [])
         for row in rows:
             yield Identity(_unsigned(row[0]), _unsigned(row[1]), *row[2:5]), _entry(row[5:])
+
+    def blobs_of(self, reference: bytes) -> list[tuple[Identity, str]]:
+        """Identity and last known path of the blobs with these pixels."""
+        statement = "SELECT dev, ino, size, mtime_ns, ctime_ns, path FROM entries WHERE reference=? AND reference!=x''"
+        rows: list[Any] = self._run(lambda c: c.execute(statement, (reference,)).fetchall(), [])
+        return [(Identity(_unsigned(row[0]), _unsigned(row[1]), *row[2:5]), os.fsdecode(row[5])) for row in rows]
 
     def close(self) -> None:
         with self._lock, contextlib.suppress(sqlite3.Error):
@@ -169,7 +181,8 @@ def _connect(path: str) -> sqlite3.Connection:
             with connection:
                 connection.execute("BEGIN IMMEDIATE")
                 connection.execute("DROP TABLE IF EXISTS entries")
-                connection.execute(_SCHEMA)
+                for statement in _SCHEMA:
+                    connection.execute(statement)
                 connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         connection.execute("SELECT count(*) FROM (SELECT 1 FROM entries LIMIT 1)").fetchone()
     except BaseException:
@@ -190,8 +203,11 @@ def _unsigned(value: int) -> int:
     return value + (1 << 64) if value < 0 else value
 
 
-def _entry(row: tuple[str, str, str, str, int, int, int, int, bytes, float | None, int, int, bytes, str]) -> Entry:
-    state, reason, message, kind, width, height, view_size, stored, sha256, score, scale, quality, path, choice = row
+def _entry(
+    row: tuple[str, str, str, str, int, int, int, int, bytes, float | None, int, int, bytes, str, bytes],
+) -> Entry:
+    state, reason, message, kind, width, height, view_size, stored, sha256, score, scale, quality = row[:12]
+    path, choice, reference = row[12:]
     return Entry(
         state=state,
         reason=reason,
@@ -207,4 +223,5 @@ def _entry(row: tuple[str, str, str, str, int, int, int, int, bytes, float | Non
         quality=quality,
         path=os.fsdecode(path),
         choice=choice,
+        reference=reference,
     )

@@ -139,8 +139,9 @@ def _make_store(path: str, exclusive: bool, policy: Policy, undo_days: int) -> S
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(new)  # of an init that was cut short: it held no more than is made again now
     os.mkdir(new, 0o700)
-    for name in (layout.STAGING, layout.LEDGER, layout.ORIGINALS, layout.NETWORKS, f"{layout.LEDGER}/{ledger.SETTLED}"):
+    for name in (layout.STAGING, layout.LEDGER, layout.ORIGINALS, layout.NETWORKS, layout.BLOBS):
         os.mkdir(os.path.join(new, name), 0o700)
+    os.mkdir(os.path.join(new, layout.LEDGER, ledger.SETTLED), 0o700)
     with _open_directory(new) as directory:
         found = probe(directory)
         config = StoreConfig(

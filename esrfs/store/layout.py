@@ -7,6 +7,7 @@
 ``staging/HOST/``  files on their way to a name, one directory for each machine (``staging.py``)
 ``ledger/``        the record of irreversible steps (``ledger.py``)
 ``originals/``     the undo window (``originals.py``)
+``blobs/``         blobs whose last name went (``nameless.py``)
 ``networks/``      a copy of each network that a recipe names, by sha256
 ``rules``          the owner's: which files are kept under another policy (``rules.py``); need not exist
 ``compactor``      the compactor's lease (``lease.py``)
@@ -45,6 +46,7 @@ STAGING = "staging"
 LEDGER = "ledger"
 ORIGINALS = "originals"
 NETWORKS = "networks"
+BLOBS = "blobs"
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -170,6 +172,8 @@ class Store:
     ledger_fd: int
     originals_fd: int
     networks_fd: int
+    blobs_fd: int
+    """-1 in a read-only store that has none."""
     staging_fd: int
     """This host's own staging directory; -1 in a read-only store that has none."""
     host: str
@@ -193,7 +197,7 @@ class Store:
         """End this process's session with the store. Files opened through it stay open."""
         if self._ledger is not None:
             self._ledger.close()
-        for name in ("staging_fd", "networks_fd", "originals_fd", "ledger_fd", "meta_fd", "root_fd"):
+        for name in ("staging_fd", "blobs_fd", "networks_fd", "originals_fd", "ledger_fd", "meta_fd", "root_fd"):
             fd = getattr(self, name)
             if fd >= 0:
                 os.close(fd)
@@ -308,9 +312,11 @@ def open_store(path: str, readonly: bool = False) -> Store:
         host = host_id(config.id)
         if not readonly:
             readonly = not _make_directories(meta_fd, host)
-        staging_fd = -1
+        staging_fd = blobs_fd = -1
         with contextlib.suppress(FileNotFoundError):
             staging_fd = directory(f"{STAGING}/{host}", meta_fd)
+        with contextlib.suppress(FileNotFoundError):
+            blobs_fd = directory(BLOBS, meta_fd)
         return Store(
             path=path,
             config=config,
@@ -320,6 +326,7 @@ def open_store(path: str, readonly: bool = False) -> Store:
             ledger_fd=directory(LEDGER, meta_fd),
             originals_fd=directory(ORIGINALS, meta_fd),
             networks_fd=directory(NETWORKS, meta_fd),
+            blobs_fd=blobs_fd,
             staging_fd=staging_fd,
             host=host,
             boot=boot_id(),
@@ -342,7 +349,7 @@ def open_store(path: str, readonly: bool = False) -> Store:
 
 def _make_directories(meta_fd: int, host: str) -> bool:
     """Make what is missing, this host's staging directory at least. False on a read-only filesystem."""
-    for name in (STAGING, LEDGER, ORIGINALS, NETWORKS, f"{STAGING}/{host}", f"{LEDGER}/{ledger.SETTLED}"):
+    for name in (STAGING, LEDGER, ORIGINALS, NETWORKS, BLOBS, f"{STAGING}/{host}", f"{LEDGER}/{ledger.SETTLED}"):
         try:
             os.mkdir(name, 0o700, dir_fd=meta_fd)
         except FileExistsError:

@@ -7,6 +7,7 @@ host), or the file's identity at the swap (any host).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -14,11 +15,11 @@ import os
 import re
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from esrfs import faults
 from esrfs.blob import container, reference
-from esrfs.blob.recipe import decode
+from esrfs.blob.recipe import Recipe, decode, expand
 from esrfs.compaction.outcome import NEVER, Outcome, Policy, Reason, Verdict
 from esrfs.engine import filevalue
 from esrfs.engine.client import Engine
@@ -30,11 +31,12 @@ from esrfs.store import linux, swap
 from esrfs.store.beneath import open_parent
 from esrfs.store.catalog import Catalog, Entry
 from esrfs.store.errors import StoreError
-from esrfs.store.examine import examine
+from esrfs.store.examine import BlobInfo, examine, recipe_of
 from esrfs.store.identity import Identity
 from esrfs.store.layout import Store
 from esrfs.store.rules import Rules
 from esrfs.store.swap import SwapResult, SwapStatus
+from esrfs.upkeep import homecoming
 from esrfs.upkeep.claims import Claim, Claims
 
 log = logging.getLogger("esrfs.upkeep")
@@ -139,8 +141,7 @@ def _compact_open(workshop: Workshop, path: str, name: str, descriptor: int, aga
     blob = examine(workshop.store, descriptor, st)
     if blob is not None:
         if known is None:
-            entry = Entry(state="blob", view_size=blob.view_size, stored_bytes=st.st_blocks * 512, path=path)
-            workshop.catalog.put(identity, entry)
+            workshop.catalog.put(identity, _entry_of(path, descriptor, st, blob))
         return Done(path, "blob")
     try:
         policy = workshop.rules.policy(path)
@@ -205,7 +206,9 @@ def _compact_claimed(
         return Done(path, "left", message="it changed while it was read")
     faults.reach("compact.read")
     store = workshop.store
-    outcome = _ask_engine(workshop, filevalue.of_descriptor(descriptor, st.st_size), claim, policy)
+    outcome = homecoming.take_over(store, workshop.catalog, descriptor, st.st_size)
+    if outcome is None:
+        outcome = _ask_engine(workshop, filevalue.of_descriptor(descriptor, st.st_size), claim, policy)
     if outcome is None:
         return Done(path, "left", message="a program began to use it")
     # The engine was sent the file after it was hashed.
@@ -293,23 +296,34 @@ def _remember(workshop: Workshop, path: str, st: os.stat_result, outcome: Outcom
 
 
 def _remember_blob(workshop: Workshop, path: str, outcome: Outcome, original_bytes: int, result: SwapResult) -> Done:
-    recipe = decode(outcome.recipe)
     assert result.blob is not None
     stored = result.blob.size
-    workshop.catalog.put(
-        result.blob,
-        Entry(
-            state="blob",
-            kind=outcome.kind,
-            width=recipe.width,
-            height=recipe.height,
-            view_size=recipe.original_size,
-            stored_bytes=-(-stored // 512) * 512,
-            sha256_view=recipe.sha256_view,
-            score=recipe.scores.ssimulacra2,
-            scale=recipe.scale,
-            quality=recipe.quality,
-            path=path,
-        ),
+    known = replace(_blob_entry(path, decode(outcome.recipe), -(-stored // 512) * 512), kind=outcome.kind)
+    workshop.catalog.put(result.blob, known)
+    return Done(path, Verdict.COMPACTED.value, "", outcome.message, original_bytes, stored)
+
+
+def _entry_of(path: str, descriptor: int, st: os.stat_result, blob: BlobInfo) -> Entry:
+    """What there is to know of a blob that the catalog does not know."""
+    with contextlib.suppress(ValueError):
+        recipe = recipe_of(descriptor, st, blob)
+        if recipe is not None:
+            return _blob_entry(path, recipe, st.st_blocks * 512)
+    return Entry(state="blob", view_size=blob.view_size, stored_bytes=st.st_blocks * 512, path=path)
+
+
+def _blob_entry(path: str, recipe: Recipe, stored_bytes: int) -> Entry:
+    return Entry(
+        state="blob",
+        kind=identify(expand(recipe.prefix[:1])) if recipe.scan_length else "",
+        width=recipe.width,
+        height=recipe.height,
+        view_size=recipe.original_size,
+        stored_bytes=stored_bytes,
+        sha256_view=recipe.sha256_view,
+        score=recipe.scores.ssimulacra2,
+        scale=recipe.scale,
+        quality=recipe.quality,
+        path=path,
+        reference=recipe.reference,
     )
-    return Done(path, Verdict.COMPACTED.value, original_bytes=original_bytes, stored_bytes=stored)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from esrfs.store import ledger, originals
+from esrfs.store import ledger, nameless, originals
 from esrfs.store.layout import Store
 from esrfs.upkeep import check
 
@@ -50,8 +50,18 @@ def purge(store: Store, need_bytes: int = 0) -> None:
 
 
 def make_room(store: Store) -> None:
-    """The store's disk is nearly full: shorten the undo window."""
-    purge(store, _ROOM_BYTES)
+    """The store's disk is nearly full: let go of blobs without a name, then shorten the undo window."""
+    freed = let_go_of_nameless(store, all_of_them=True)
+    purge(store, max(0, _ROOM_BYTES - freed))
+
+
+def let_go_of_nameless(store: Store, *, all_of_them: bool = False) -> int:
+    """Blobs whose last name went are kept no longer than that; the bytes freed. Never raises."""
+    try:
+        return nameless.purge(store, all_of_them=all_of_them)
+    except OSError as error:
+        log.error("%s: blobs without a name could not be looked after (%s); nothing was lost", store.path, error)
+        return 0
 
 
 def look_at_some_blobs(store: Store) -> None:
@@ -84,6 +94,7 @@ class Retention(threading.Thread):
                     log.error("%s: the ledger could not count the day (%s)", self._store.path, error)
                 else:
                     purge(self._store)
+                    let_go_of_nameless(self._store)
             self._ending.wait(_EVERY_SECONDS)
 
     def stop(self) -> None:

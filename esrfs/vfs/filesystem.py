@@ -26,6 +26,7 @@ from esrfs.store.beneath import beneath
 from esrfs.store.examine import examine, is_damaged, may_be_blob, recipe_of
 from esrfs.store.identity import Identity
 from esrfs.store.layout import RESERVED, Store
+from esrfs.store.nameless import LastName, Nameless
 from esrfs.upkeep.claims import Claims
 from esrfs.vfs import native, xattrs
 from esrfs.vfs.attributes import Attributes
@@ -108,6 +109,7 @@ class Filesystem:
         claims.is_open = self.handles.is_open
         self._directories = Directories(store.root_fd)
         self._removed = Removed(store)
+        self._nameless = Nameless(store)
         self.attributes = Attributes(store, self.handles.is_plain)
         self.waits = Waits(int(threads * _SHARE_OF_THREADS_THAT_MAY_WAIT), wait_seconds)
         self._gives_away = os.geteuid() == 0
@@ -179,29 +181,34 @@ class Filesystem:
 
     def unlink(self, path: str) -> None:
         directory, name = self._directories.parent(self._visible(path))
-        view_key = self._view_key(directory.number, name)
-        os.unlink(name, dir_fd=directory.number)
+        last = self._last_name(directory.number, name)
+        if last is None or self.handles.is_open((last.device, last.inode)):
+            os.unlink(name, dir_fd=directory.number)
+        else:
+            self._nameless.unlink(directory.number, name, last)
         self.handles.removed(path)
-        if view_key is not None:
-            self._forget_view(view_key)
+        if last is not None:
+            self._forget_view(last.view_key)
 
     def hide(self, path: str) -> Hidden:
         """Unlink a file that is open, or was until just now, and keep a handle of it (see ``vfs/removed.py``) as long
         as programs have some."""
         directory, name = self._directories.parent(self._visible(path))
         st = os.stat(name, dir_fd=directory.number, follow_symlinks=False)
-        view_key = self._view_key(directory.number, name)
+        last = self._last_name(directory.number, name)
         file = self.handles.file((st.st_dev, st.st_ino))
         handle = None if file is None else self._another(file, stands_in=True)
         number = 0 if handle is None else handle.number
         try:
+            if handle is not None and handle.file.view is not None:
+                self._nameless.copy(handle.descriptor, handle.file.view.recipe.reference)
             hidden = self._removed.take(path, directory.number, name, number, st.st_nlink)
         except BaseException:
             self.release_hidden(number)
             raise
         self.handles.removed(path)
-        if view_key is not None:
-            self._forget_view(view_key)
+        if last is not None:
+            self._forget_view(last.view_key)
         return hidden
 
     def release_hidden(self, number: int) -> None:
@@ -250,8 +257,8 @@ class Filesystem:
             file = self.handles.get(hidden.handle).file
             file.path, file.removed = hidden.path, False
 
-    def _view_key(self, directory: int, name: str) -> str | None:
-        """The cache key of the photograph whose last name this is; None for anything else."""
+    def _last_name(self, directory: int, name: str) -> LastName | None:
+        """Of the blob whose last name this is; None for anything else."""
         try:
             st = os.stat(name, dir_fd=directory, follow_symlinks=False)
             if st.st_nlink > 1 or not may_be_blob(st):
@@ -263,7 +270,9 @@ class Filesystem:
             st = os.fstat(descriptor)
             blob = examine(self.store, descriptor, st)
             recipe = None if blob is None else recipe_of(descriptor, st, blob)
-            return None if recipe is None else recipe.sha256_view.hex()
+            if recipe is None:
+                return None
+            return LastName(recipe.reference, recipe.sha256_view.hex(), st.st_dev, st.st_ino, st.st_size)
         except (OSError, ValueError):
             return None  # a damaged blob is deleted all the same
         finally:
@@ -281,18 +290,19 @@ class Filesystem:
         moves = os.stat(from_name, dir_fd=from_directory.number, follow_symlinks=False)
         exchanged = bool(flags & linux.RENAME_EXCHANGE)
         is_directory = stat.S_ISDIR(moves.st_mode) or exchanged
-        replaced_view = None
+        replaced = None
         if flags == 0:
-            replaced_view = self._view_key(to_directory.number, to_name)
-            os.rename(from_name, to_name, src_dir_fd=from_directory.number, dst_dir_fd=to_directory.number)
+            replaced = self._last_name(to_directory.number, to_name)
+            with self._nameless.replacing(to_directory.number, to_name, replaced):
+                os.rename(from_name, to_name, src_dir_fd=from_directory.number, dst_dir_fd=to_directory.number)
         else:
             linux.renameat2(from_directory.number, from_name, to_directory.number, to_name, flags)
         if is_directory:
             self._directories.forget(old)
             self._directories.forget(new)
         self.handles.renamed(old, new, exchanged=exchanged, directory=is_directory)
-        if replaced_view is not None:
-            self._forget_view(replaced_view)
+        if replaced is not None:
+            self._forget_view(replaced.view_key)
         self._on_change(new)
         if exchanged:
             self._on_change(old)
@@ -676,6 +686,7 @@ class Filesystem:
                 if content is not None:
                     _copy(content.descriptor.number, descriptor)
 
+            self._nameless.copy(handle.descriptor, view.recipe.reference)
             plain = swap.materialise(self.store, None if file.removed else file.path, handle.descriptor, write_view)
             try:
                 st = os.fstat(plain)

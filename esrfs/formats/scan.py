@@ -1,0 +1,124 @@
+"""Where a picture file's compressed pixels lie, without decoding them: for files that may be views which came home.
+
+Who uses it: the mount's process, for files that any program wrote. So it imports neither numpy nor Pillow, reads
+markers and lengths only, and takes time in proportion to the file's size whatever is in it. A format that is not here
+has views which don't come home; they are compacted anew.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from esrfs.blob.reference import without_fill
+from esrfs.formats.identify import identify
+
+_ENDS_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
+_JPEG_TABLES = frozenset({*range(0xC0, 0xD0), 0xDB, 0xDD})
+"""What a decoder needs besides the scan: frame, Huffman and quantisation tables, restart interval."""
+_SOI, _EOI, _SOS, _APP13 = 0xD8, 0xD9, 0xDA, 0xED
+_JPEG_FILL = b"esrfs\0"
+_PNG_FILL = b"esRF"
+_PNG_TABLES = (b"IHDR", b"PLTE", b"tRNS")
+_MOST_PARTS = 1 << 16
+"""Segments, chunks or scans that are looked at: more are none that a view has."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The scan of a file, in the sense of ``blob/recipe.py``."""
+
+    kind: str
+    start: int
+    end: int
+    """Fill that the scan may end in (FF in a JPEG) does not count."""
+    fill_end: int
+    """Where such fill ends."""
+    tables: tuple[bytes, ...]
+    """What else tells how the pixels look, in the file's order."""
+    said: tuple[bytes, ...]
+    """What the fill says, in the file's order: the data of each of its segments or chunks."""
+
+
+def find(data: bytes) -> Scan | None:
+    """The scan of a picture file; None where there is none that a view could have."""
+    kind = identify(data)
+    if kind == "jpeg":
+        return _jpeg(data)
+    if kind == "png":
+        return _png(data)
+    return None
+
+
+def tables(kind: str, head: bytes) -> tuple[bytes, ...]:
+    """``Scan.tables`` of a view, by the bytes before its scan."""
+    return _jpeg_head(head)[1] if kind == "jpeg" else _png_head(head)[1]
+
+
+def _jpeg(data: bytes) -> Scan | None:
+    start, found, said = _jpeg_head(data)
+    if not start:
+        return None
+    offset = start
+    for _ in range(_MOST_PARTS):
+        match = _ENDS_SCAN.search(data, offset)
+        if match is None:
+            return None
+        fill_end = match.start()
+        if data[match.end() - 1] == _EOI:
+            end = start + without_fill(memoryview(data)[start:fill_end])
+            return Scan("jpeg", start, end, fill_end, found, said)
+        # another scan of the same picture, or its tables
+        offset = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
+    return None
+
+
+def _jpeg_head(data: bytes) -> tuple[int, tuple[bytes, ...], tuple[bytes, ...]]:
+    """Where the first scan starts (0: there is none), tables, and what the fill says."""
+    found, said = [], []
+    offset, start = 2, 0
+    for _ in range(_MOST_PARTS):
+        header = data[offset : offset + 4]
+        if header[:2] == b"\xff\xff":
+            offset += 1
+            continue
+        end = offset + 2 + int.from_bytes(header[2:], "big")
+        if len(header) < 4 or header[0] != 0xFF or header[1] in (_SOI, _EOI) or not offset + 4 <= end <= len(data):
+            break
+        if header[1] in _JPEG_TABLES or header[1] == _SOS:
+            found.append(data[offset:end])
+        elif header[1] == _APP13 and data.startswith(_JPEG_FILL, offset + 4):
+            said.append(data[offset + 4 + len(_JPEG_FILL) : end])
+        offset = end
+        if header[1] == _SOS:
+            start = offset
+            break
+    return start, tuple(found), tuple(said)
+
+
+def _png(data: bytes) -> Scan | None:
+    places, found, said = _png_head(data)
+    if len(places) != 1:
+        return None  # views have one chunk of pixels
+    start, end = places[0]
+    return Scan("png", start, end, end, found, said)
+
+
+def _png_head(data: bytes) -> tuple[list[tuple[int, int]], tuple[bytes, ...], tuple[bytes, ...]]:
+    """Where the data of each IDAT chunk starts and its checksum ends, tables, and what the fill says."""
+    places, found, said = [], [], []
+    offset = 8
+    for _ in range(_MOST_PARTS):
+        header = data[offset : offset + 8]
+        kind, body = header[4:], offset + 8
+        end = body + int.from_bytes(header[:4], "big") + 4
+        if len(header) < 8 or end > len(data) or kind == b"IEND":
+            break
+        if kind == b"IDAT":
+            places.append((body, end))
+        elif kind in _PNG_TABLES:
+            found.append(data[offset:end])
+        elif kind == _PNG_FILL:
+            said.append(data[body : end - 4])
+        offset = end
+    return places, tuple(found), tuple(said)

@@ -1,0 +1,211 @@
+"""Views that come home, without an engine: for any envelope around the same scan the new recipe gives the file back to
+the last byte; for any other scan or table there is none; and no bytes make the parser fail or take long."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFilter
+
+from esrfs import formats
+from esrfs.blob import recipe as recipe_format
+from esrfs.blob.container import Blob
+from esrfs.blob.recipe import Recipe, Run, Scores
+from esrfs.blob.reference import key_of, reference
+from esrfs.compaction import homecoming
+from esrfs.formats import jpeg_parse, scan
+
+KEY = key_of(b"k" * 32)
+
+
+def picture(seed: int = 1) -> Image.Image:
+    y, x = np.mgrid[0:96, 0:128]
+    pixels = np.stack([x * 2, y * 2, (x + y) % 256], axis=2) + np.random.default_rng(seed).normal(0, 20, (96, 128, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@functools.cache
+def stored(kind: str) -> tuple[bytes, Blob]:
+    """A view and the blob that it is the view of."""
+    out = io.BytesIO()
+    picture().save(out, kind, **({"quality": 97, "exif": b"Exif\0\0" + bytes(40_000)} if kind == "JPEG" else {}))
+    original = out.getvalue()
+    split = formats.split(original, 10)
+    soft = np.asarray(picture().filter(ImageFilter.GaussianBlur(1.2)))
+    fitted = formats.fit_view(split, soft, lambda coding, data: reference(KEY, data))
+    view = fitted.expand()
+    recipe = Recipe(
+        width=split.width,
+        height=split.height,
+        original_size=len(original),
+        sha256_original=hashlib.sha256(original).digest(),
+        sha256_view=hashlib.sha256(view).digest(),
+        preset="high",
+        scale=1,
+        network="",
+        network_sha256=b"",
+        quality=50,
+        coding=fitted.coding,
+        prefix=fitted.prefix,
+        scan_length=len(fitted.scan),
+        suffix=fitted.suffix,
+        encoder=fitted.encoder,
+        scores=Scores(80.0, 70.0, 40.0),
+        created_by="esrfs",
+        reference=reference(KEY, fitted.scan),
+    )
+    encoded = recipe_format.encode(recipe)
+    return view, Blob(b"the AVIF", recipe, encoded, bytes(16))
+
+
+def took_over(data: bytes, blob: Blob) -> Recipe | None:
+    found = scan.find(data)
+    outcome = None if found is None else homecoming.take_over(data, found, blob)
+    if outcome is None:
+        return None
+    assert outcome.avif == blob.avif
+    recipe = recipe_format.decode(outcome.recipe)
+    assert recipe.reference == blob.recipe.reference == reference(KEY, data[found.start : found.end])
+    pinned = data[recipe_format.length(recipe.prefix) :][: recipe.scan_length]
+    assert recipe_format.expand(recipe.prefix) + pinned + recipe_format.expand(recipe.suffix) == data
+    assert recipe.sha256_view == recipe.sha256_original == hashlib.sha256(data).digest()
+    assert recipe.original_size == len(data)
+    kept = ("coding", "scale", "network_sha256", "quality", "width", "height", "preset", "scores")
+    assert all(getattr(recipe, name) == getattr(blob.recipe, name) for name in kept)
+    return recipe
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_view_refers_to_its_scan(kind: str) -> None:
+    view, blob = stored(kind)
+    found = scan.find(view)
+    assert found is not None
+    assert any(said.startswith(blob.recipe.reference) for said in found.said)
+    assert found.start == recipe_format.length(blob.recipe.prefix)
+    assert found.end <= found.start + blob.recipe.scan_length <= found.fill_end
+    assert found.tables == scan.tables(found.kind, view[: found.start])
+    assert len(found.tables) >= (1 if kind == "PNG" else 5)
+    if kind == "JPEG":
+        structure = jpeg_parse.parse(view)
+        assert (found.start, found.end) == (structure.scan_start, structure.scan_end)
+
+
+def segment(marker: int, body: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+bodies = st.one_of(st.binary(max_size=300), st.builds(bytes, st.integers(0, 3000)))
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    before=st.lists(st.tuples(st.sampled_from([0xE1, 0xE2, 0xED, 0xFE]), bodies), max_size=4),
+    drop=st.sets(st.sampled_from([0xE0, 0xE1, 0xED])),
+    fill=st.integers(0, 10_000),
+    after=st.binary(max_size=3000),
+)
+def test_any_envelope_of_a_jpeg(before: list[tuple[int, bytes]], drop: set[int], fill: int, after: bytes) -> None:
+    view, blob = stored("JPEG")
+    structure = jpeg_parse.parse(view)
+    parts = [b"\xff\xd8", *(segment(marker, body) for marker, body in before)]
+    parts += [each.raw for each in structure.segments if each.marker not in drop]
+    parts += [structure.sos, view[structure.scan_start : structure.scan_end], b"\xff" * fill, b"\xff\xd9", after]
+    data = b"".join(parts)
+    recipe = took_over(data, blob)
+    assert recipe is not None
+    assert recipe.scan_length <= blob.recipe.scan_length
+    again = took_over(
+        data.replace(b"\xff\xd8", b"\xff\xd8" + segment(0xFE, b"once more"), 1), Blob(b"x", recipe, b"", b"")
+    )
+    assert again is not None
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    before=st.lists(st.tuples(st.sampled_from([b"tEXt", b"eXIf", b"esRF"]), bodies), max_size=3),
+    keeps_fill=st.booleans(),
+    after=st.binary(max_size=100),
+)
+def test_any_envelope_of_a_png(before: list[tuple[bytes, bytes]], keeps_fill: bool, after: bytes) -> None:
+    view, blob = stored("PNG")
+    found = scan.find(view)
+    assert found is not None
+    parts = [view[:33], *(chunk(kind, body) for kind, body in before)]
+    parts += [view[found.start - 8 : found.end]]
+    parts += [view[found.end :] if keeps_fill else chunk(b"IEND", b""), after]
+    assert took_over(b"".join(parts), blob) is not None
+
+
+@settings(deadline=None, max_examples=200)
+@given(kind=st.sampled_from(["JPEG", "PNG"]), place=st.floats(0, 1), change=st.integers(1, 255))
+def test_any_other_scan_or_table_is_not_taken_for_it(kind: str, place: float, change: int) -> None:
+    view, blob = stored(kind)
+    found = scan.find(view)
+    assert found is not None
+    offset = int(place * (found.fill_end - 1))
+    data = bytearray(view)
+    data[offset] ^= change
+    recipe = took_over(bytes(data), blob)
+    if recipe is not None:  # what was changed is neither
+        where = scan.find(bytes(data))
+        assert where is not None
+        assert data[where.start : where.end] == view[found.start : found.end]
+        assert where.tables == found.tables
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.binary(max_size=3000))
+def test_spans_are_exact(data: bytes) -> None:
+    data += bytes(len(data)) + b"\xff" * (len(data) // 2)
+    assert recipe_format.expand(homecoming.spans(data)) == data
+
+
+def test_fill_takes_no_room_in_a_recipe() -> None:
+    data = b"ab" + bytes(100_000) + b"\xff" * 5000 + b"c"
+    assert [type(span) for span in homecoming.spans(data)].count(Run) == 2
+    assert len(recipe_format.encode(stored("PNG")[1].recipe)) < len(stored("PNG")[0])
+
+
+@settings(deadline=None, max_examples=300)
+@given(head=st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b""]), rest=st.binary(max_size=400))
+def test_no_bytes_make_it_fail(head: bytes, rest: bytes) -> None:
+    found = scan.find(head + rest)
+    assert found is None or found.start <= found.end <= found.fill_end <= len(head + rest)
+
+
+@settings(deadline=None, max_examples=100)
+@given(kind=st.sampled_from(["JPEG", "PNG"]), length=st.floats(0, 1))
+def test_cut_files(kind: str, length: float) -> None:
+    view, blob = stored(kind)
+    found = scan.find(view)
+    assert found is not None
+    cut = int(length * len(view))
+    assert (took_over(view[:cut], blob) is not None) == (cut >= found.end + 2 and scan.find(view[:cut]) is not None)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\xd8" + segment(0xDA, b"") + b"\xff" * 3_000_000 + b"\x00",
+        b"\xff\xd8" + segment(0xDA, b"") + b"\xff\xda" * 1_000_000,
+        b"\xff\xd8" + segment(0xFE, b"") * 1_000_000,
+        b"\x89PNG\r\n\x1a\n" + chunk(b"esRF", b"") * 300_000,
+    ],
+)
+def test_crafted_files_take_no_long_time(data: bytes) -> None:
+    begin = time.process_time()
+    assert scan.find(data) is None
+    assert time.process_time() - begin < 1.0
