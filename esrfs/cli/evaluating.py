@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
-from esrfs.cli import show
+from esrfs.cli import inspecting, show, stores
 from esrfs.cli.show import CommandError
 from esrfs.exit_codes import ExitCode
+from esrfs.upkeep import history
 
 
 def add_to(app: typer.Typer) -> None:
     app.command()(evaluate)
+    app.command()(report)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -53,12 +57,7 @@ def evaluate(  # noqa: PLR0917 (typer calls it by name)
 
     Takes as long as the grid is large: begin with --quick. Stop it at any time; the same command goes on from there.
     """
-    from esrfs.evaluate import requirements  # noqa: PLC0415 (numpy, torch and optional packages: only here)
-
-    try:
-        requirements.check()
-    except requirements.MissingError as error:
-        raise CommandError(str(error), ExitCode.FAILED) from error
+    _check_requirements()
     from esrfs.evaluate import command, grid, results, run  # noqa: PLC0415
 
     files = _find(pictures)
@@ -106,6 +105,38 @@ def evaluate(  # noqa: PLR0917 (typer calls it by name)
         show.note(why)
     for path in made.files:
         show.line(str(path))
+
+
+def report(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A store, a mountpoint, or a path in one.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for report.html and report.json.")] = Path("report"),
+) -> None:
+    """What a store saves and how it is read, as a page: savings over time, verdicts, quality, waiting, cache."""
+    _check_requirements()
+    from esrfs.evaluate import page, store_page  # noqa: PLC0415
+
+    with stores.at(path) as (store, place):
+        status = inspecting.status_of(store, place)
+        with stores.catalog_of(store) as catalog, show.progress("Looking at the store"):
+            told = history.of(store, catalog)
+    out.mkdir(parents=True, exist_ok=True)
+    values = {"status": status, **msgspec.to_builtins(told)}
+    partial = out / "report.json.part"
+    partial.write_text(json.dumps(values, indent=1) + "\n")
+    partial.replace(out / "report.json")
+    page.write(out / "report.html", store_page.make(told, status))
+    for name in ("report.html", "report.json"):
+        show.line(str(out / name))
+
+
+def _check_requirements() -> None:
+    """Raises CommandError. What follows may import numpy, torch and optional packages: commands do so only here."""
+    from esrfs.evaluate import requirements  # noqa: PLC0415
+
+    try:
+        requirements.check()
+    except requirements.MissingError as error:
+        raise CommandError(str(error), ExitCode.FAILED) from error
 
 
 def _find(given: list[Path]) -> list[tuple[Path, str]]:

@@ -11,6 +11,7 @@ import typer
 from esrfs import config, control
 from esrfs.cache import ViewCache
 from esrfs.cli import mounted, show, stores
+from esrfs.cli.paths import Place
 from esrfs.cli.show import CommandError
 from esrfs.exit_codes import ExitCode
 from esrfs.store.layout import Store
@@ -31,13 +32,18 @@ def status(
 ) -> None:
     """What is in a store, and what it saves."""
     with stores.at(path) as (store, place):
-        socket = mounted.find(place, store.config.id)
-        counts = control.call(socket, "status") if socket is not None else _status_unmounted(store)
-        values = {"store": place.store, "mountpoint": place.mountpoint, "preset": store.config.policy.preset, **counts}
+        values = status_of(store, place)
     if as_json:
         show.as_json(values)
     else:
         _show_status(values)
+
+
+def status_of(store: Store, place: Place) -> dict[str, Any]:
+    """What ``esrfs status --json`` prints: a mount's answer, where there is one."""
+    socket = mounted.find(place, store.config.id)
+    counts = control.call(socket, "status") if socket is not None else _status_unmounted(store)
+    return {"store": place.store, "mountpoint": place.mountpoint, "preset": store.config.policy.preset, **counts}
 
 
 def _status_unmounted(store: Store) -> dict[str, Any]:

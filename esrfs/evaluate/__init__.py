@@ -7,3 +7,8 @@ runs one, ``run`` runs them all and goes on where an earlier run stopped), ``cur
 It needs packages that a mount does not: the extra ``report``. Modules here are imported only after
 ``requirements.check``.
 """
+
+import logging
+
+# It warns that it lists the fonts, once for each user, when that takes seconds: nobody can do anything about it.
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)

@@ -225,7 +225,7 @@ def _ledgers(store: Store) -> Iterator[Finding]:
     done: set[str] = set()
     gone: set[str] = set()
     restored: set[str] = set()
-    for name, reading in _readings(store):
+    for name, reading in readings(store):
         where = f"{RESERVED}/ledger/{name}"
         if reading.damaged:
             yield _damage(where, "ledger_damaged", f"{reading.damaged} lines of it don't fit their checksums")
@@ -250,7 +250,7 @@ def _ledgers(store: Store) -> Iterator[Finding]:
             )
 
 
-def _readings(store: Store) -> Iterator[tuple[str, ledger.Reading]]:
+def readings(store: Store) -> Iterator[tuple[str, ledger.Reading]]:
     """Every ledger, by its path below ``ledger/``."""
     for folder in ("", ledger.SETTLED):
         try:
