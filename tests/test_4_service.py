@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,32 @@ def test_a_file_that_can_not_be_read_does_not_hold_the_mount_up(unmounted: Mount
     (unmounted.store / "nobody's").touch(mode=0)
     unmounted.start()
     assert os.listdir(unmounted.path) == ["nobody's"]
+
+
+def test_a_mount_lives_with_the_capabilities_that_its_unit_leaves_it(
+    unmounted: Mounted, needs: Callable[[str], str]
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can take capabilities away and mount")
+    unit = (Path(__file__).resolve().parent.parent / "systemd" / "system" / "esrfs@.service").read_text()
+    lines = re.findall(r"^CapabilityBoundingSet=(.*)$", unit, re.MULTILINE)
+    left = ",".join(f"+{name.removeprefix('CAP_').lower()}" for name in " ".join(lines).split())
+    command = [needs("setpriv"), "--bounding-set", f"-all,{left}", "--inh-caps", "-all", *ESRFS]
+    command += ["mount", str(unmounted.store), str(unmounted.path), "-o", "quiet=3600"]
+    subprocess.run(command, check=True, timeout=60)
+    try:
+        file = unmounted.path / "file"
+        file.write_text("text")
+        os.chown(file, 1234, 1234)
+        file.chmod(0o4640)
+        os.setxattr(file, "user.note", b"mine")
+        os.mkfifo(unmounted.path / "fifo")
+        st = (unmounted.store / "file").stat()
+        assert (st.st_uid, st.st_mode & 0o7777) == (1234, 0o4640)
+        assert os.getxattr(file, "user.note") == b"mine"
+    finally:
+        subprocess.run([*ESRFS, "umount", str(unmounted.path)], check=True, timeout=60)
+    assert unmounted.path.stat().st_mode & 0o222, "its directory is as it was before"
 
 
 def test_a_dead_mount_is_cleared_away_and_its_directory_stays_unwritable(mounted: Mounted) -> None:

@@ -1,4 +1,4 @@
-"""``status`` and ``explain``: what esrfs knows of a store and of a file."""
+"""``status`` and ``explain``: what esrfs knows of a store, of what comes into it, and of a file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
+from esrfs_daemon import config as daemon_config
+from esrfs_daemon import status as daemon_status
 
 from esrfs import config, control
 from esrfs.cache import ViewCache
@@ -30,9 +32,10 @@ def status(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A store, a mountpoint, or a path in one.")],
     as_json: Json = False,
 ) -> None:
-    """What is in a store, and what it saves."""
+    """What is in a store, what it saves, and what the migration daemon brings into it."""
     with stores.at(path) as (store, place):
         values = status_of(store, place)
+    values["daemon"] = daemon_status.ask()
     if as_json:
         show.as_json(values)
     else:
@@ -80,8 +83,29 @@ def _show_status(values: dict[str, Any]) -> None:
         ("cache", f"{show.size(values['cache_bytes'])}, {values['cache_hits']} hits, {values['cache_misses']} misses"),
         ("engine", f"{values['engine_state']}, {values['engine_calls']} pictures rebuilt for readers"),
         ("compaction", str(values.get("compaction") or "")),
+        *_daemon_rows(values["daemon"], values["mountpoint"]),
     ]
     show.fields(rows)
+
+
+def _daemon_rows(daemon: dict[str, Any] | None, mountpoint: str | None) -> list[tuple[str, str]]:
+    """A row for each rule whose files come to this mount."""
+    if daemon is None:
+        is_wanted = daemon_config.default_path().exists()
+        return [("daemon", "not running, though it has a configuration: esrfs-daemon")] if is_wanted else []
+    rows = []
+    for rule in daemon["rules"]:
+        to = os.path.realpath(rule["destination"])
+        if mountpoint is not None and not f"{to}/".startswith(f"{mountpoint.rstrip('/')}/"):
+            continue
+        said = [
+            rule["state"] + (f" ({rule['reason']})" if rule["reason"] else ""),
+            f"{rule['waiting_files']} waiting",
+            f"{show.number_of(rule['migrated_files'], 'file')} moved ({show.size(rule['migrated_bytes'])})",
+            f"{rule['failed_files']} failed, see its log" if rule["failed_files"] else "",
+        ]
+        rows.append(("daemon", f"{rule['source']}: {', '.join(filter(None, said))}"))
+    return rows
 
 
 _LEFT = [("pending", "waiting"), ("refused", "refused by the gate"), ("passed_through", "passed through")]
