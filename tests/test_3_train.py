@@ -267,6 +267,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     done = subprocess.run(_command(folder, settings, out), capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert str(out / "tiny.safetensors") in done.stdout
+    assert "stopped" not in done.stdout
     assert "step 4" in done.stdout and "SSIMULACRA2" in done.stdout
     assert loading.load((out / "tiny.safetensors").read_bytes()).spec.name == "tiny"
     card = (out / "tiny.md").read_text()
@@ -275,6 +276,19 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     wrong = subprocess.run(_command(folder, settings, out), capture_output=True, text=True, check=False)
     assert wrong.returncode == 1
     assert "tiny.toml" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_half_the_size(make_inputs: Callable[[Training], loop.Inputs], tmp_path: Path) -> None:
+    """Exported as fp16; what is learnt is not rounded."""
+    half = msgspec.structs.replace(SHORT, stored="fp16")
+    assert loop.train(half, make_inputs(half), tmp_path / "half") == loop.train(
+        SHORT, make_inputs(SHORT), tmp_path / "whole"
+    )
+    small, large = ((tmp_path / name / "tiny-x2.safetensors").read_bytes() for name in ("half", "whole"))
+    picture = np.random.default_rng(1).integers(0, 256, (1, 20, 20, 3), dtype=np.uint8)
+    assert np.abs(loading.load(small)(picture).astype(int) - loading.load(large)(picture)).max() <= 1
+    assert {str(value.dtype) for value in loading.read(small)[1].values()} == {"torch.float16"}
+    assert "fp16" in (tmp_path / "half" / "tiny-x2.md").read_text()
 
 
 def test_a_signal_stops_it_between_steps_and_it_goes_on(folder: Path, tmp_path: Path) -> None:

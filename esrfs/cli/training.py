@@ -30,6 +30,7 @@ def train(  # noqa: PLR0917 (typer calls it by name)
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of the network: part of what repeats a run.")] = 2,
     workers: Annotated[int, typer.Option(min=1, help="Threads that prepare patches; more for a GPU.")] = 1,
     until: Annotated[int | None, typer.Option(metavar="STEP", help="Stop there; the same command goes on.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")] = None,
     vgg19: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Weights of torchvision's VGG19, for the perceptual loss; else a built-in."),
@@ -44,6 +45,7 @@ def train(  # noqa: PLR0917 (typer calls it by name)
         ("--threads", threads),
         ("--workers", workers),
         ("--until", until),
+        ("--minutes", minutes),
         ("--vgg19", vgg19),
     ]
     options = [str(part) for name, value in given if value is not None for part in (name, value)]

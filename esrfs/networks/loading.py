@@ -63,6 +63,16 @@ class Network:
             result: Pixels = whole.contiguous().cpu().numpy()
             return result
 
+    def differentiable(self, x: Tensor) -> Tensor:
+        """N×3×H×W RGB in 0 to 1, on the network's device → N×3×(H·scale)×(W·scale), not rounded; gradients flow to
+        ``x``. H and W may be anything. For refinement; to rebuild pictures, call the network."""
+        height, width = x.shape[2:]
+        below, right = -height % self.multiple, -width % self.multiple
+        if below or right:
+            x = F.pad(x, (0, right, 0, below), mode="replicate")
+        enlarged: Tensor = self._model(x.contiguous(memory_format=torch.channels_last))
+        return enlarged[:, :, : height * self.scale, : width * self.scale]
+
 
 def channels_last(model: nn.Module) -> None:
     """Lay the weights out for NHWC input, which convolutions on a CPU like best."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -33,17 +34,20 @@ def main(  # noqa: PLR0917 (typer calls it by name)
     threads: int = 2,
     workers: int = 1,
     until: int | None = None,
+    minutes: float | None = None,
     vgg19: Annotated[Path | None, typer.Option()] = None,
 ) -> None:
     """The options are explained in esrfs/cli/training.py."""
     torch.set_num_threads(threads)
     stopping = _stop_between_steps()
+    begun = time.monotonic()
     path = Path(what)
     if not path.suffix:
         path = registry.shipped_directory() / "training" / f"{what}.toml"
     training = settings.read(path)
     chosen = _device(device)
     total = sum(stage.steps for stage in training.stages)
+    finished = 0
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -60,6 +64,8 @@ def main(  # noqa: PLR0917 (typer calls it by name)
         recent: dict[str, float] = {}
 
         def progress(step: int, losses: dict[str, float]) -> None:
+            nonlocal finished
+            finished = step
             for name, loss in losses.items():
                 recent[name] = 0.99 * recent.get(name, loss) + 0.01 * loss
             note = " ".join(f"{name} {recent[name]:.4f}" for name in losses)
@@ -79,7 +85,7 @@ def main(  # noqa: PLR0917 (typer calls it by name)
             device=chosen,
             workers=workers,
             until=until,
-            stop=lambda: bool(stopping),
+            stop=lambda: bool(stopping) or (minutes is not None and time.monotonic() - begun > 60 * minutes),
             progress=progress,
             validated=validated,
         )
@@ -88,8 +94,8 @@ def main(  # noqa: PLR0917 (typer calls it by name)
         if (out / file).exists():
             typer.echo(f"{out / file} is written")
     typer.echo(f"{drawn} shows its course" if drawn else "no curves: they need matplotlib (pip install 'esrfs[train]')")
-    if stopping:
-        typer.echo("stopped; the same command goes on from here")
+    if finished < total:
+        typer.echo(f"stopped at step {finished} of {total}; the same command goes on from here")
 
 
 def _inputs(training: Training, data: Path, cache: Path, vgg19: Path | None, bars: Progress) -> loop.Inputs:

@@ -78,7 +78,8 @@ def write(
 ) -> Path:
     """``NAME.safetensors`` and ``NAME.md`` in ``folder``, each replaced as a whole. Returns the first's path."""
     description = describe(training, stage, steps)
-    tensors: dict[str, Tensor] = model.state_dict()
+    kind = torch.float16 if training.stored == "fp16" else torch.float32
+    tensors: dict[str, Tensor] = {name: value.to(kind) for name, value in model.state_dict().items()}
     data = loading.save(description, tensors)
     path = folder / f"{description.name}.safetensors"
     _replace(path, data)
@@ -108,7 +109,7 @@ def card(
         "",
         "| | |",
         "|---|---|",
-        f"| file | `{description.name}.safetensors`, {len(data):,} bytes, fp32 |",
+        f"| file | `{description.name}.safetensors`, {len(data):,} bytes, {training.stored} |",
         f"| sha256 | `{hashlib.sha256(data).hexdigest()}` |",
         f"| licence | {description.licence} |",
         f"| architecture | {description.architecture}: {arguments}; {weights:,} parameters |",

@@ -76,6 +76,8 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stages: list[Stage]
     start: str = ""
     """A network whose weights to begin with, by name or file; empty: random ones."""
+    stored: Literal["fp32", "fp16"] = "fp32"
+    """How exported weights are kept; networks always run in fp32."""
     licence: str = "Apache-2.0"
     data: str = ""
     """What the photographs are and under which licence: for the model card."""

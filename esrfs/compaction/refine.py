@@ -1,0 +1,192 @@
+"""A small picture that suits the network: changed so that what the network makes of it, after the codec, scores better
+for its bytes. Gradient descent for each photograph, as DESIGN 10 describes; for a GPU, or for idle time.
+
+The codec itself is not in the loop (its gradient is 0 nearly everywhere, and passing the gradient straight through it
+does harm): fresh Gaussian noise of the codec's measured strength stands for it, so that nothing is hidden in what the
+codec would remove; and a rate term keeps the picture from growing, the mean over an 8×8 DCT's coefficients c of
+log2(1 + |c| / 2.5σ), about the bits that they will cost.
+
+How much a bit is worth is told by the codec: ``_POINTS_PER_SHARE`` score points buy as much as all the bytes, at the
+point where a level more costs 4 % and gains 1.2 points.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 (torch's own convention)
+
+from esrfs.metrics.differentiable import ssimulacra2
+
+Pixels = npt.NDArray[np.uint8]
+Enlarge = Callable[[Tensor], Tensor]
+"""A network as a function of tensors: N×3×h×w, RGB in 0 to 1 → N×3×(h·scale)×(w·scale); gradients flow through it."""
+
+STEPS = 30
+TILE = 192
+"""Pixels of the small picture that are refined at once, in each direction."""
+_RATE = 0.25
+"""The first step's size, in units of the codec's noise: where the codec changes little (smooth pictures), little may
+be changed, or the steps themselves are noise."""
+_POINTS_PER_SHARE = 30.0
+_SMALLEST = 16
+"""Pixels: narrower pictures aren't refined (SSIMULACRA2 needs some resolutions)."""
+
+
+@dataclass(frozen=True)
+class Refined:
+    small: Pixels
+    """h×w×3."""
+    share: float
+    """Of the picture that was refined before the time was over: 0 to 1."""
+
+
+def refine(
+    original: Pixels,
+    small: Pixels,
+    enlarge: Enlarge,
+    *,
+    scale: int,
+    margin: int,
+    noise: float,
+    seconds: float = math.inf,
+    steps: int = STEPS,
+    device: str | torch.device = "cpu",
+) -> Refined:
+    """Refine ``small`` (h×w×3, RGB), which stands for ``original`` (H×W×3; at its lower and right edge up to scale - 1
+    pixels smaller than h·scale, w·scale).
+
+    ``noise`` is the codec's root mean square error at the level that is meant, in shades (see :func:`codec_noise`);
+    ``margin`` the network's. Work goes by tiles and ends after ``seconds``: what was not reached stays as it was. The
+    same values give the same picture, unless the time ends it. Raises ValueError when the shapes don't fit.
+    """
+    height, width = small.shape[:2]
+    padded = _continued(original, height * scale, width * scale)
+    result = small.copy()
+    if min(height, width) < _SMALLEST:
+        return Refined(result, 0.0)
+    end = time.monotonic() + seconds
+    done = 0
+    for top, bottom in _spans(height):
+        for left, right in _spans(width):
+            if time.monotonic() >= end:
+                return Refined(result, done / (height * width))
+            # With what the network sees around it, which stays as it is.
+            above, before = max(0, top - margin), max(0, left - margin)
+            below, after = min(height, bottom + margin), min(width, right + margin)
+            tile = _Tile(
+                small=_tensor(small[above:below, before:after], device),
+                target=_tensor(padded[top * scale : bottom * scale, left * scale : right * scale], device),
+                inside=(slice(top - above, bottom - above), slice(left - before, right - before)),
+                scale=scale,
+            )
+            result[top:bottom, left:right] = tile.refined(enlarge, noise / 255, steps, end)
+            done += (bottom - top) * (right - left)
+    return Refined(result, done / (height * width))
+
+
+def codec_noise(small: Pixels, decoded: Pixels) -> float:
+    """Root mean square of what the codec changed, in shades of 255."""
+    difference = small.astype(np.float32) - decoded
+    return float(np.sqrt(np.mean(difference * difference)))
+
+
+@dataclass(frozen=True)
+class _Tile:
+    small: Tensor
+    """1×3×h×w, with surroundings."""
+    target: Tensor
+    """1×3×H×W, without."""
+    inside: tuple[slice, slice]
+    """Where the target is in ``small``."""
+    scale: int
+
+    def refined(self, enlarge: Enlarge, sigma: float, steps: int, end: float) -> Pixels:
+        rows, columns = self.inside
+        core = self.small[:, :, rows, columns].clone().requires_grad_()
+        sigma = max(sigma, 0.25 / 255)  # rounding alone
+        generator = torch.Generator().manual_seed(1)
+        weight = _POINTS_PER_SHARE / max(rate(core.detach(), sigma).item(), 1e-3)
+        optimizer = torch.optim.Adam([core], lr=_RATE * sigma, betas=(0.9, 0.99))
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = _RATE * sigma * 0.5 * (1 + math.cos(math.pi * step / steps))
+            surrounded = self.small.clone()
+            surrounded[:, :, rows, columns] = core
+            noise = torch.randn(surrounded.shape, generator=generator).to(surrounded.device)
+            enlarged = enlarge((surrounded + sigma * noise).clamp(0, 1))
+            view = enlarged[
+                :, :, rows.start * self.scale : rows.stop * self.scale,
+                columns.start * self.scale : columns.stop * self.scale,
+            ]  # fmt: skip
+            loss = weight * rate(core, sigma) - ssimulacra2(self.target, view).sum()
+            (core.grad,) = torch.autograd.grad(loss, core)
+            optimizer.step()
+            if time.monotonic() >= end:
+                break
+        pixels = (core.detach()[0] * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        return np.ascontiguousarray(pixels)
+
+
+def rate(picture: Tensor, sigma: float) -> Tensor:
+    """About the bits of each coefficient of a picture (1×3×h×w, RGB in 0 to 1) that is coded with errors of root mean
+    square ``sigma`` (in 0 to 1): a scalar."""
+    matrix, transform = _ycbcr(picture.device), _dct(picture.device)
+    height, width = picture.shape[2:]
+    picture = F.pad(picture, (0, -width % 8, 0, -height % 8), mode="replicate")
+    planes = torch.einsum("ij,njhw->nihw", matrix, picture)
+    blocks = planes.unfold(2, 8, 8).unfold(3, 8, 8)
+    coefficients = transform @ blocks @ transform.T
+    return torch.log2(1 + coefficients.abs() / (2.5 * sigma)).mean()
+
+
+@functools.cache
+def _ycbcr(device: torch.device) -> Tensor:
+    red, green, blue = 0.299, 0.587, 0.114
+    rows = [
+        [red, green, blue],
+        [-0.5 * red / (1 - blue), -0.5 * green / (1 - blue), 0.5],
+        [0.5, -0.5 * green / (1 - red), -0.5 * blue / (1 - red)],
+    ]
+    return torch.tensor(rows, device=device)
+
+
+@functools.cache
+def _dct(device: torch.device) -> Tensor:
+    """8×8, orthonormal: rows are frequencies."""
+    k, n = np.mgrid[0:8, 0:8]
+    matrix = np.sqrt((1 + (k > 0)) / 8) * np.cos(np.pi * (2 * n + 1) * k / 16)
+    return torch.from_numpy(matrix.astype(np.float32)).to(device)
+
+
+def _tensor(pixels: Pixels, device: str | torch.device) -> Tensor:
+    return (
+        torch.from_numpy(np.require(pixels, requirements=("C", "W")))
+        .to(device)
+        .permute(2, 0, 1)[None]
+        .float()
+        .div_(255)
+    )
+
+
+def _continued(original: Pixels, height: int, width: int) -> Pixels:
+    below, right = height - original.shape[0], width - original.shape[1]
+    if min(below, right) < 0 or original.ndim != 3 or original.shape[2] != 3:
+        raise ValueError(f"a picture of {original.shape} can't stand for {height} × {width} pixels")
+    return np.pad(original, ((0, below), (0, right), (0, 0)), mode="edge") if below or right else original
+
+
+def _spans(size: int) -> list[tuple[int, int]]:
+    """Tiles' begins and ends, all about equal, at most TILE."""
+    count = -(-size // TILE)
+    edges = [round(size * number / count) for number in range(count + 1)]
+    return list(itertools.pairwise(edges))
