@@ -147,6 +147,10 @@ class Scores(msgspec.Struct, frozen=True):
     """SSIMULACRA2 of the worst 256×256 tile."""
     psnr: float
     """dB over all samples; 99 for identical pictures."""
+    colour: float = 0.0
+    """CIEDE2000 between blocks of 16×16 pixels, on average; 0 for gray, and in the first blobs of format 1."""
+    worst_colour: float = 0.0
+    """The same, which one block in a thousand exceeds."""
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,6 +173,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     """Of the network's file; the store keeps a copy under ``networks/``. Empty when there is no network."""
     quality: int
     """AVIF quality of the blob's picture (Pillow's scale, 0 to 100)."""
+    subsampling: str = "4:4:4"
+    """The AVIF's own chroma sampling, for people; 4:0:0 for gray."""
     coding: Coding
     prefix: list[Span]
     scan_length: int

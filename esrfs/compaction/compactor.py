@@ -11,9 +11,12 @@ import functools
 import hashlib
 import io
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -22,10 +25,10 @@ from esrfs import __version__, formats, reconstruction
 from esrfs.blob import recipe as recipe_format
 from esrfs.blob.recipe import Coding, Recipe, Scores
 from esrfs.blob.reference import reference
-from esrfs.compaction import gate, lossless, planner
+from esrfs.compaction import gate, lossless, mosaic, planner
 from esrfs.compaction import outcome as outcome_format
 from esrfs.compaction.outcome import LOSSLESS, Outcome, Policy, Reason, Verdict
-from esrfs.compaction.planner import Trial
+from esrfs.compaction.planner import Curve, Patience, Trial
 from esrfs.metrics.ssimulacra2 import Reference
 from esrfs.reconstruction import Infer, Plan, ReconstructionError
 
@@ -33,21 +36,24 @@ Pixels = npt.NDArray[np.uint8]
 
 SMALLEST_SIDE = 64
 """Pixels. Below that the view's fixed parts weigh more than its pixels."""
-_SAMPLE_TILE = 256
-_SAMPLE_TILES = (4, 6)
-"""Rows and columns of parts that stand for the whole picture while the plan is made: 1.6 megapixels."""
-_TRIES = 5
-_FIRST_LEVEL = {"faithful": 50, "high": 34, "balanced": 27, "small": 21}
+_TRIES = 4
+"""On the mosaic, for each way."""
+_FIRST_LEVEL = {"faithful": 52, "high": 34, "balanced": 26, "small": 20}
 """Where to begin at scale 1: about the middle of what photographs need."""
 _HIGHER_WHEN_SMALL = 12
 """By so many levels more must a small picture be encoded, as the network enlarges the codec's noise with it."""
-_SPEED = 6
-"""libaom's: 4 would save 4 % at 6 times the time, 8 costs 13 to 20 % more bytes (DESIGN 10)."""
+_FAST = 8
+"""libaom's speed for the mosaic. At one level it scores what speed 6 does on the whole, within a point."""
+_ENCODER_THREADS = 8
+_WORST_OF_MOSAIC = 2.5
+"""Points by which a picture's worst tile scores less than its mosaic's, on average."""
+_UNSURE = 1.2
+"""A way is tried on the whole picture if the mosaic says that it takes at most so much more than what is allowed."""
 
 
 @dataclass(frozen=True)
 class NetworkRef:
-    """The network that a store uses."""
+    """A network that may be used."""
 
     name: str
     sha256: bytes
@@ -57,24 +63,25 @@ class NetworkRef:
 
 @dataclass(frozen=True)
 class _Way:
-    """One way to make a picture small: a scale and what enlarges it."""
+    """One way to make a picture small: a scale and what enlarges it, and how the codec samples colour."""
 
     scale: int
-    network_sha256: bytes = b""
-    network_name: str = ""
+    subsampling: str
+    network: NetworkRef | None = None
 
 
 @dataclass
 class _Picture:
-    """Pixels to be made small (all of a picture, or a sample), and what is needed again and again while trying."""
+    """Pixels to be made small (all of a picture, or its mosaic), and what is needed again and again while trying."""
 
     pixels: Pixels
     """H×W×3 or H×W×1: colour as stored, without alpha."""
+    threads: int = 1
     reference: Reference = field(init=False)
     _small: dict[int, Image.Image] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.reference = Reference(self.pixels)
+        self.reference = Reference(self.pixels, threads=self.threads)
 
     @property
     def gray(self) -> bool:
@@ -82,7 +89,7 @@ class _Picture:
 
     def plan(self, way: _Way) -> Plan:
         height, width = self.pixels.shape[:2]
-        return Plan(width, height, way.scale, way.network_sha256, self.gray)
+        return Plan(width, height, way.scale, way.network.sha256 if way.network else b"", self.gray)
 
     def small(self, scale: int) -> Image.Image:
         """ceil(width / scale) × ceil(height / scale). A side that ``scale`` doesn't divide is continued by its last
@@ -98,24 +105,17 @@ class _Picture:
         return self._small[scale]
 
 
-@dataclass(frozen=True)
-class _Attempt:
-    """What came of one level of quality on the whole picture."""
-
-    avif: bytes
-    scores: Scores
-
-
 def compact(
     original: bytes,
     policy: Policy,
-    network: NetworkRef | None,
+    networks: Sequence[NetworkRef],
     infer: Infer,
     checkpoint: Callable[[], None] = lambda: None,
     *,
     reference_key: bytes = b"",
 ) -> Outcome:
-    """Try to make a blob of ``original``. ``checkpoint`` is called between steps, and may raise to end it;
+    """Try to make a blob of ``original``. ``networks``: those that may enlarge it, tried in this order; without any, it
+    is kept at full resolution. ``checkpoint`` is called between steps, and may raise to end it;
     ``reference_key`` (``blob/reference.py``) is the store's, 32 bytes, or empty: then the view refers to nothing.
 
     Files that can't be compacted are a verdict. Raises ValueError for an unknown preset, and what ``infer`` and
@@ -123,7 +123,7 @@ def compact(
     """
     if policy.preset == LOSSLESS:
         return lossless.compact(original, policy)
-    outcome = _at_a_loss(original, policy, network, infer, checkpoint, reference_key=reference_key)
+    outcome = _at_a_loss(original, policy, networks, infer, checkpoint, reference_key=reference_key)
     checkpoint()
     return lossless.where_better(original, policy, outcome)
 
@@ -131,7 +131,7 @@ def compact(
 def _at_a_loss(
     original: bytes,
     policy: Policy,
-    network: NetworkRef | None,
+    networks: Sequence[NetworkRef],
     infer: Infer,
     checkpoint: Callable[[], None],
     *,
@@ -149,10 +149,30 @@ def _at_a_loss(
         return Outcome(verdict=Verdict.PASSED_THROUGH, reason=error.reason, message=error.message, kind=error.kind)
     colour = np.ascontiguousarray(stored[:, :, : stored.shape[2] - 1] if stored.shape[2] in (2, 4) else stored)
     del stored
-    ways = [_Way(1)]
-    if network is not None:
-        ways.append(_Way(network.scale, network.sha256, network.name))
-    return _Compaction(original, policy, wanted, split, _Picture(colour), infer, checkpoint, reference_key).run(ways)
+    threads = len(os.sched_getaffinity(0))
+    picture = _Picture(colour, threads)
+    work = _Compaction(original, policy, wanted, split, picture, threads, infer, checkpoint, reference_key)
+    return work.run(_ways(picture, networks))
+
+
+def _ways(picture: _Picture, networks: Sequence[NetworkRef]) -> list[_Way]:
+    if picture.gray:
+        return [_Way(1, "4:0:0"), *(_Way(network.scale, "4:0:0", network) for network in networks)]
+    # Small pictures in 4:4:4: their chroma has been halved already. At full resolution 4:2:0 saves up to 4 % of most
+    # pictures, and some (dark, saturated) pass at no quality with it.
+    full = [_Way(1, "4:4:4"), _Way(1, "4:2:0")]
+    return [*full, *(_Way(network.scale, "4:4:4", network) for network in networks)]
+
+
+@dataclass(frozen=True)
+class _Result:
+    """The whole picture at one level, as readers would get it."""
+
+    level: int
+    avif: bytes
+    fitted: formats.FittedView
+    view: bytes
+    scores: Scores
 
 
 @dataclass
@@ -162,161 +182,162 @@ class _Compaction:
     wanted: gate.Thresholds
     split: formats.Split
     picture: _Picture
+    threads: int
     infer: Infer
     checkpoint: Callable[[], None]
     reference_key: bytes
     best_score: float | None = None
-    _attempts: dict[tuple[_Way, int], _Attempt] = field(default_factory=dict)
 
     def run(self, ways: list[_Way]) -> Outcome:
+        patience = planner.PATIENCE[self.policy.patience]
         allowed = (1 - self.policy.min_saving) * len(self.original)
-        plans: list[tuple[float, _Way, int]] = []
+        done: list[Outcome] = []
         objections: list[tuple[Reason, str]] = []
-        sample = _Picture(_sample(self.picture.pixels))
-        ratio = self.picture.pixels.size / sample.pixels.size
-        for way in ways:
-            largest = min([allowed * 1.2, *(size for size, _, _ in plans)]) / ratio  # No use in what another way beats.
+        for way, curve in self._promising(ways, allowed):
             try:
-                trial = self._search(sample, way, self._first_level(way), largest)
+                outcome = self._carry_out(way, curve, patience, allowed)
             except (formats.DoesNotFit, ReconstructionError) as error:
                 objections.append(_problem(error))
                 continue
-            if trial is not None:
-                plans.append((trial.size * ratio, way, trial.level))
-        if not plans and not objections:
+            if outcome.verdict is not Verdict.COMPACTED:
+                assert outcome.reason is not None
+                objections.append((outcome.reason, outcome.message))
+                continue
+            done.append(outcome)
+            if len(done) == patience.ways:
+                break
+        if done:
+            return min(done, key=lambda outcome: outcome_format.stored_bytes(outcome.avif, outcome.recipe))
+        if not objections:
             objections.append((Reason.QUALITY, "no quality that saves bytes rebuilds it well enough"))
-        del sample
-        for _, way, level in sorted(plans, key=lambda plan: plan[0]):
-            try:
-                trial = self._search(self.picture, way, level, allowed)
-                if trial is None:
-                    objections.append((Reason.QUALITY, f"rebuilt, {self._nearest_objection(way)}"))
-                    continue
-                outcome = self._conclude(way, trial.level, allowed)
-            except (formats.DoesNotFit, ReconstructionError) as error:
-                objections.append(_problem(error))
-                continue
-            if outcome.verdict == Verdict.COMPACTED:
-                return outcome
-            assert outcome.reason is not None
-            objections.append((outcome.reason, outcome.message))
         # The first is that of the most promising way.
         return _refused(*objections[0], self.split, self.best_score)
+
+    def _promising(self, ways: list[_Way], allowed: float) -> list[tuple[_Way, Curve]]:
+        """What may pass and save enough, as far as a mosaic tells, and the smallest first."""
+        sample = _Picture(mosaic.mosaic(self.picture.pixels), self.threads)
+        small = sample.pixels.size / self.picture.pixels.size
+        largest = allowed * small * _UNSURE
+        found: list[tuple[_Way, Curve]] = []
+        for way in ways:
+            if way.network is not None and self._headroom(sample, self._enlarged(sample, way, sample.small(way.scale))) < 0:
+                continue  # Even without the codec's loss.
+            first = round(found[0][1].crossing) if found and way.scale == 1 else self._first_level(way)
+            curve = planner.explore(partial(self._try, sample, way), first=first, tries=_TRIES, largest=largest)
+            if curve is not None:
+                found.append((way, curve))
+        return sorted(found, key=lambda each: each[1].size)
 
     def _first_level(self, way: _Way) -> int:
         return _FIRST_LEVEL[self.policy.preset] + (_HIGHER_WHEN_SMALL if way.scale > 1 else 0)
 
-    def _search(self, picture: _Picture, way: _Way, first: int, largest: float) -> Trial | None:
-        """The lowest level at which ``picture``, the whole one or a sample, passes the gate."""
+    def _try(self, sample: _Picture, way: _Way, level: int) -> Trial:
+        """One level on the mosaic."""
+        self.checkpoint()
+        avif = encode_avif(sample.small(way.scale), planner.quality(level), way.subsampling, _FAST)
+        rebuilt = self._rebuild(sample, way, avif)
+        return Trial(level, self._headroom(sample, rebuilt), len(avif))
+
+    def _headroom(self, sample: _Picture, rebuilt: Pixels) -> float:
+        self.checkpoint()
+        viewed = np.ascontiguousarray(formats.recoded(self.split, rebuilt))
+        scores = gate.measure(sample.reference, sample.pixels, viewed)
+        self._note(scores)
+        if sample.pixels is not self.picture.pixels:
+            scores = msgspec.structs.replace(scores, worst_tile=scores.worst_tile - _WORST_OF_MOSAIC)
+        return gate.headroom(scores, self.wanted)
+
+    def _carry_out(self, way: _Way, curve: Curve, patience: Patience, allowed: float) -> Outcome:
+        """The smallest blob of the whole picture, or why there is none. Raises DoesNotFit, ReconstructionError."""
+        best: list[_Result] = []
 
         def attempt(level: int) -> Trial:
-            if picture.pixels is self.picture.pixels:
-                whole = self._attempt(way, level)
-                return Trial(level, gate.headroom(whole.scores, self.wanted), len(whole.avif))
-            avif = self._encode(picture, way, level)
-            scores = gate.measure(picture.reference, picture.pixels, self._enlarge(picture, way, avif))
-            self._note(scores)
-            return Trial(level, gate.headroom(scores, self.wanted), len(avif))
+            result = self._result(way, level, patience.speed)
+            headroom = gate.headroom(result.scores, self.wanted)
+            better = not best or gate.headroom(best[0].scores, self.wanted) < (0 if headroom >= 0 else headroom)
+            if better or (headroom >= 0 and level < best[0].level):
+                best[:] = [result]
+            return Trial(level, headroom, len(result.avif))
 
-        return planner.least_passing(attempt, first=first, tries=_TRIES, largest=largest)
+        planner.confirm(attempt, curve, patience, allowed)
+        (result,) = best
+        if problem := gate.objection(result.scores, self.wanted):
+            return _refused(Reason.QUALITY, f"rebuilt, {problem}", self.split, self.best_score)
+        return self._conclude(way, result, allowed)
 
-    def _attempt(self, way: _Way, level: int) -> _Attempt:
-        """The whole picture at one level, measured as readers will see it. Raises DoesNotFit, ReconstructionError."""
-        if (way, level) not in self._attempts:
-            avif = self._encode(self.picture, way, level)
-            scores = self._measure(self._as_viewed(self._enlarge(self.picture, way, avif)))
-            self._note(scores)
-            self._attempts[way, level] = _Attempt(avif, scores)
-        return self._attempts[way, level]
-
-    def _nearest_objection(self, way: _Way) -> str:
-        scores = [attempt.scores for (tried, _), attempt in self._attempts.items() if tried == way]
-        return gate.objection(max(scores, key=lambda each: gate.headroom(each, self.wanted)), self.wanted)
-
-    def _conclude(self, way: _Way, level: int, allowed: float) -> Outcome:
-        """Rebuild the picture from its bytes once more, make the view, measure what readers will get, and write the
-        recipe. Raises DoesNotFit, ReconstructionError."""
-        avif = self._attempts[way, level].avif
-        pixels = self._enlarge(self.picture, way, avif)
+    def _result(self, way: _Way, level: int, speed: int) -> _Result:
+        self.checkpoint()
+        avif = encode_avif(self.picture.small(way.scale), planner.quality(level), way.subsampling, speed)
+        pixels = self._rebuild(self.picture, way, avif)
         self.checkpoint()
         fitted = formats.fit_view(self.split, pixels, self._note_for_fill)
-        width, height = self.split.width, self.split.height
-        again = formats.encode_scan(fitted.coding, width, height, pixels, len(fitted.scan))
+        again = formats.encode_scan(fitted.coding, self.split.width, self.split.height, pixels, len(fitted.scan))
         del pixels  # large
         if again != fitted.scan:
-            message = "the view's encoder doesn't give the same bytes twice; please report this with the picture"
-            return _refused(Reason.ERROR, message, self.split, self.best_score)
+            raise ReconstructionError(
+                "the view's encoder doesn't give the same bytes twice; please report this with the picture"
+            )
         del again
         view = fitted.expand()
         self.checkpoint()
-        scores = self._measure(self._decode(view))
-        if problem := gate.objection(scores, self.wanted):
-            return _refused(Reason.QUALITY, f"rebuilt, {problem}", self.split, self.best_score)
+        viewed = formats.decode(view, self.policy.max_megapixels)
+        viewed = viewed[:, :, : self.picture.pixels.shape[2]]  # without alpha, which is the original's
+        self.checkpoint()
+        scores = gate.measure(self.picture.reference, self.picture.pixels, viewed)
+        self._note(scores)
+        return _Result(level, avif, fitted, view, scores)
+
+    def _conclude(self, way: _Way, result: _Result, allowed: float) -> Outcome:
+        fitted = result.fitted
         recipe = Recipe(
-            width=width,
-            height=height,
+            width=self.split.width,
+            height=self.split.height,
             original_size=len(self.original),
             sha256_original=hashlib.sha256(self.original).digest(),
-            sha256_view=hashlib.sha256(view).digest(),
+            sha256_view=hashlib.sha256(result.view).digest(),
             preset=self.policy.preset,
             scale=way.scale,
-            network=way.network_name,
-            network_sha256=way.network_sha256,
-            quality=planner.quality(level),
+            network=way.network.name if way.network else "",
+            network_sha256=way.network.sha256 if way.network else b"",
+            quality=planner.quality(result.level),
+            subsampling=way.subsampling,
             coding=fitted.coding,
             prefix=fitted.prefix,
             scan_length=len(fitted.scan),
             suffix=fitted.suffix,
             encoder=fitted.encoder,
-            scores=scores,
+            scores=result.scores,
             created_by=f"esrfs {__version__}",
             reference=self._reference(fitted.scan),
         )
-        if len(view) != len(self.original):
+        if len(result.view) != len(self.original):
             message = "its view would not be of the original's size; please report this with the picture"
             return _refused(Reason.ERROR, message, self.split, self.best_score)
         encoded = recipe_format.encode(recipe)
-        stored = outcome_format.stored_bytes(avif, encoded)
+        stored = outcome_format.stored_bytes(result.avif, encoded)
         if stored > allowed:
             message = f"it would take {stored:,} bytes of {len(self.original):,}, which saves too little"
-            return _refused(Reason.NOT_WORTH_IT, message, self.split, scores.ssimulacra2)
+            return _refused(Reason.NOT_WORTH_IT, message, self.split, result.scores.ssimulacra2)
         return Outcome(
             verdict=Verdict.COMPACTED,
             recipe=encoded,
-            avif=avif,
+            avif=result.avif,
             kind=self.split.kind,
-            width=width,
-            height=height,
-            score=scores.ssimulacra2,
+            width=self.split.width,
+            height=self.split.height,
+            score=result.scores.ssimulacra2,
         )
 
     # Steps.
 
-    def _encode(self, picture: _Picture, way: _Way, level: int) -> bytes:
+    def _rebuild(self, picture: _Picture, way: _Way, avif: bytes) -> Pixels:
         self.checkpoint()
-        return encode_avif(picture.small(way.scale), planner.quality(level))
+        return self._enlarged(picture, way, reconstruction.decode_small(picture.plan(way), avif))
 
-    def _enlarge(self, picture: _Picture, way: _Way, avif: bytes) -> Pixels:
-        self.checkpoint()
-        plan = picture.plan(way)
-        return reconstruction.enlarge(plan, reconstruction.decode_small(plan, avif), self.infer)
-
-    def _as_viewed(self, pixels: Pixels) -> Pixels:
-        """What decoders will make of the view. Where that is what was put in, it is only made in the end."""
-        if self.split.lossless:
-            return pixels
-        self.checkpoint()
-        view = formats.fit_view(self.split, pixels).expand()
-        del pixels  # large; nobody else holds it
-        return self._decode(view)
-
-    def _decode(self, view: bytes) -> Pixels:
-        pixels = formats.decode(view, self.policy.max_megapixels)
-        return pixels[:, :, : self.picture.pixels.shape[2]]  # without alpha, which is the original's
-
-    def _measure(self, view: Pixels) -> Scores:
-        self.checkpoint()
-        return gate.measure(self.picture.reference, self.picture.pixels, view)
+    def _enlarged(self, picture: _Picture, way: _Way, small: Pixels | Image.Image) -> Pixels:
+        if isinstance(small, Image.Image):
+            small = np.asarray(small).reshape(small.height, small.width, -1)
+        return reconstruction.enlarge(picture.plan(way), small, self.infer)
 
     def _reference(self, scan: bytes) -> bytes:
         return reference(self.reference_key, scan) if self.reference_key else b""
@@ -346,42 +367,24 @@ def _refused(reason: Reason, message: str, split: formats.Split, score: float | 
     )
 
 
-def _sample(pixels: Pixels) -> Pixels:
-    """Parts spread evenly over the picture, put together as one; of a picture not much larger than that, all of it."""
-    rows, columns = _SAMPLE_TILES if pixels.shape[1] >= pixels.shape[0] else _SAMPLE_TILES[::-1]
-    height, width = rows * _SAMPLE_TILE, columns * _SAMPLE_TILE
-    if pixels.shape[0] < height or pixels.shape[1] < width or pixels.shape[0] * pixels.shape[1] < 2 * height * width:
-        return pixels
-    tops = np.linspace(0, pixels.shape[0] - _SAMPLE_TILE, rows).astype(int)
-    lefts = np.linspace(0, pixels.shape[1] - _SAMPLE_TILE, columns).astype(int)
-    return np.concatenate(
-        [
-            np.concatenate([pixels[top : top + _SAMPLE_TILE, left : left + _SAMPLE_TILE] for left in lefts], axis=1)
-            for top in tops
-        ]
-    )
-
-
 def _image(pixels: Pixels) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
 
 
-def encode_avif(image: Image.Image, quality: int) -> bytes:
-    """Encode a picture for a blob; ``quality`` is 0 to 99. The bytes don't depend on the machine's number of
-    processors."""
+def encode_avif(image: Image.Image, quality: int, subsampling: str, speed: int) -> bytes:
+    """Encode a picture for a blob; ``quality`` is 0 to 99, ``speed`` libaom's. The bytes don't depend on the machine's
+    number of processors."""
     out = io.BytesIO()
     image.save(
         out,
         "AVIF",
         quality=quality,
-        speed=_SPEED,
-        # At full resolution 4:2:0 takes as many bytes for the same score, and there are pictures (dark, saturated) that
-        # no quality makes good with it.
-        subsampling="4:0:0" if image.mode == "L" else "4:4:4",
+        speed=speed,
+        subsampling=subsampling,
         codec="aom",
-        # libaom with one thread gives other bytes than with several; tiles chosen automatically depend on the number,
-        # too.
-        max_threads=1,
+        # libaom gives other bytes with one thread than with several, the same with any number of several; tiles chosen
+        # automatically depend on the number.
+        max_threads=_ENCODER_THREADS,
         autotiling=False,
         tile_rows=0,
         tile_cols=0,

@@ -19,6 +19,8 @@ LOSSLESS = "lossless"
 NEVER = "never"
 """In a rule (``store/rules.py``): the file stays as it is."""
 CHOICES = (*PRESETS, LOSSLESS)
+PATIENCES = ("low", "normal", "high", "endless")
+"""What each means: ``planner.PATIENCE``."""
 
 
 class Policy(msgspec.Struct, frozen=True):
@@ -26,7 +28,10 @@ class Policy(msgspec.Struct, frozen=True):
 
     preset: str = "high"
     """One of CHOICES."""
-    network: str = "lite-x2"
+    network: str = "lite"
+    """A family of networks (lite: those called lite-x1 to lite-x4, as far as they are here), or the name of one."""
+    patience: str = "normal"
+    """Of PATIENCES: how much time is spent on each picture for fewer bytes."""
     min_saving: float = 0.2
     """A blob is kept only if it is smaller than the original by at least this share."""
     min_saving_lossless: float = 0.05

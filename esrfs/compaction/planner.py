@@ -1,7 +1,9 @@
-"""The plan for one picture: at which scale and codec quality it takes the fewest bytes and still passes the gate.
+"""The plan for one picture: with which scale, chroma sampling and network it takes the fewest bytes, and at which codec
+quality it just passes the gate.
 
 How good a quality turns out is only known by trying it, which is dear for a large picture: encode, enlarge, score. So
-each scale is first tried on a sample of the picture, to choose between scales and to know where to begin on the whole.
+each way is tried on a mosaic of the picture at a fast encoder speed, and the curve through those trials tells where
+to begin on the whole. There few trials follow, at a careful speed, each of which says how far the curve was off.
 
 Nothing here knows images or networks: a trial is a function from a level of quality to a figure.
 """
@@ -16,14 +18,35 @@ LEVELS = 64
 """AV1 codecs know 64 qualities; Pillow's 0 to 100 maps several numbers to one. Level 0 is the worst."""
 LOWEST, HIGHEST = 3, 61
 """Levels that are tried. At the highest an AVIF is about as large as the JPEG that it replaces."""
-CLOSE_ENOUGH = 1.5
-"""Points of headroom at which a passing level is not worth improving: about one level."""
 _POINTS_PER_LEVEL = 1.2
 """How much one level adds to the score, before two trials of the picture itself tell."""
+_GROWTH = 1.05
+"""What one level more multiplies the size by; likewise."""
+_NEAR_POINTS, _NEAR_LEVELS = 1.0, 4
+"""A curve is known well enough when a trial came so near to its crossing, or two, one on each side, lie so close."""
 
 
-_GROWTH = 1.04
-"""What one level more multiplies the size by, at least."""
+@dataclass(frozen=True)
+class Patience:
+    """How much time is spent on a picture for fewer bytes."""
+
+    speed: int
+    """libaom's, for what is kept. Against 6: 4 and 2 save about 4 and 8 % at 6 and 12 times the time, 8 costs 13 to
+    20 % (DESIGN 10)."""
+    passes: int
+    """Of the whole picture, at most, for each way that is confirmed."""
+    content: float
+    """Points of headroom with which a passing level is taken, though a lower one might pass."""
+    ways: int
+    """How many of the most promising ways are carried out, so that the smallest result is taken."""
+
+
+PATIENCE = {
+    "low": Patience(speed=8, passes=2, content=4.0, ways=1),
+    "normal": Patience(speed=6, passes=3, content=2.5, ways=1),
+    "high": Patience(speed=4, passes=4, content=1.5, ways=2),
+    "endless": Patience(speed=2, passes=6, content=0.8, ways=2),
+}
 
 
 def quality(level: int) -> int:
@@ -40,52 +63,94 @@ class Trial:
     """Bytes of the picture as encoded. Grows with the level."""
 
 
-def least_passing(
-    attempt: Callable[[int], Trial],
-    *,
-    first: int,
-    tries: int,
-    low: int = LOWEST,
-    high: int = HIGHEST,
-    largest: float = float("inf"),
-) -> Trial | None:
-    """The lowest level that passes, as found with at most ``tries`` trials, the first at level ``first``.
+Attempt = Callable[[int], Trial]
 
-    None if none of them passes: even ``high`` fails, or what would pass takes more than ``largest`` bytes.
-    A trial that passes is returned even if it is larger than that: a lower level may not have been tried.
+
+@dataclass(frozen=True)
+class Curve:
+    """Trials of one way on a mosaic, at least one, by level: how headroom and size grow with the level."""
+
+    trials: tuple[Trial, ...]
+
+    @property
+    def crossing(self) -> float:
+        """The level, with a fraction, at which the headroom is 0."""
+        near = self._nearest()
+        return near.level - near.headroom / self.slope
+
+    @property
+    def slope(self) -> float:
+        """Points per level where the headroom is 0."""
+        if len(self.trials) < 2:
+            return _POINTS_PER_LEVEL
+        first, second = sorted(self.trials, key=lambda trial: abs(trial.headroom))[:2]
+        return min(max((first.headroom - second.headroom) / (first.level - second.level), 0.2), 5.0)
+
+    @property
+    def size(self) -> float:
+        """Bytes where the headroom is 0."""
+        near = self._nearest()
+        growth = _GROWTH
+        others = [trial for trial in self.trials if trial.level != near.level]
+        if others:
+            other = min(others, key=lambda trial: abs(trial.headroom))
+            growth = max(1.0, (other.size / near.size) ** (1 / (other.level - near.level)))
+        return float(near.size * growth ** (self.crossing - near.level))
+
+    def _nearest(self) -> Trial:
+        return min(self.trials, key=lambda trial: abs(trial.headroom))
+
+
+def explore(attempt: Attempt, *, first: int, tries: int, largest: float = math.inf) -> Curve | None:
+    """Trials around the level at which the headroom is 0, at most ``tries``, the first at level ``first``.
+
+    None if no level passes, or what would pass takes more than ``largest`` bytes. (At the lowest level the curve may
+    lie above 0 altogether.)
     """
-    worse: Trial | None = None
-    better: Trial | None = None
+    level = min(max(first, LOWEST), HIGHEST)
     trials: list[Trial] = []
-    level = min(max(first, low), high)
-    for _ in range(tries):
+    while True:
+        trials.append(attempt(level))
+        curve = Curve(tuple(sorted(trials, key=lambda trial: trial.level)))
+        below = max((trial.level for trial in trials if trial.headroom < 0), default=LOWEST - 1)
+        above = min((trial.level for trial in trials if trial.headroom >= 0), default=HIGHEST + 1)
+        if below >= HIGHEST:
+            return None
+        if len(trials) > 1 and curve.size > largest:
+            return None
+        near = min(abs(trial.headroom) for trial in trials) < _NEAR_POINTS
+        if len(trials) == tries or (near and len(trials) > 1) or above - below <= _NEAR_LEVELS:
+            return curve
+        wanted = round(curve.crossing)
+        if wanted in (trial.level for trial in trials):
+            wanted += 1 if trials[-1].headroom < 0 else -1
+        level = min(max(wanted, below + 1), above - 1)
+
+
+def confirm(attempt: Attempt, curve: Curve, patience: Patience, largest: float = math.inf) -> list[Trial]:
+    """Trials of the whole picture, the best last: the lowest level that passed, if one did. At most
+    ``patience.passes``, and none after one that shows that what passes would take more than ``largest`` bytes."""
+    trials: list[Trial] = []
+    below, above = LOWEST - 1, HIGHEST + 1
+    level = min(max(math.ceil(curve.crossing + _MARGIN / curve.slope), LOWEST), HIGHEST)
+    while below < level < above:
         trial = attempt(level)
         trials.append(trial)
-        if trial.headroom >= 0:
-            better = trial
-            if trial.headroom < CLOSE_ENOUGH:
-                break
+        passed = trial.headroom >= 0
+        if passed:
+            above = level
         else:
-            worse = trial
-            needed = max(1, min(_guess(trials), high) - level)
-            if trial.size * _GROWTH**needed > largest:
-                break
-        floor = worse.level + 1 if worse else low
-        ceiling = better.level - 1 if better else high
-        if floor > ceiling:
+            below = level
+        missing = -trial.headroom / curve.slope  # levels; negative: to spare
+        if len(trials) == patience.passes or (passed and trial.headroom < patience.content):
             break
-        # Lines cut a curve's one end off again and again; halving now and then doesn't.
-        halve = worse and better and len(trials) % 2
-        level = (floor + ceiling) // 2 if halve else min(max(_guess(trials), floor), ceiling)
-    return better
+        if not passed and trial.size * _GROWTH**missing > largest:
+            break
+        step = math.ceil(missing + _MARGIN / curve.slope) if passed else max(1, math.ceil(missing + 0.2))
+        level = min(max(level + step, below + 1), above - 1, HIGHEST)
+    return sorted(trials, key=lambda trial: (trial.headroom >= 0, -trial.level if trial.headroom >= 0 else trial.headroom))
 
 
-def _guess(trials: list[Trial]) -> int:
-    """Where the headroom should be a little above 0, by the line through the two trials nearest to that."""
-    known = sorted(trials, key=lambda trial: abs(trial.headroom))
-    slope = _POINTS_PER_LEVEL
-    if len(known) > 1:
-        measured = (known[0].headroom - known[1].headroom) / (known[0].level - known[1].level)
-        slope = min(max(measured, 0.1), 5.0)
-    step = (CLOSE_ENOUGH / 3 - known[0].headroom) / slope
-    return known[0].level + (math.ceil(step) if step > 0 else math.floor(step))
+_MARGIN = 0.5
+"""Points that the first trial of the whole picture aims at: a mosaic's curve is that much off, mostly, and a second
+trial takes as long as the first."""
