@@ -53,7 +53,7 @@ class RememberingHandler:
         return protocol.Rebuilt(job=request.job, sha256=hashlib.sha256(view).digest(), exact=True), view
 
     def compact(self, request: protocol.Compact, original: bytes, job: Running) -> Outcome:
-        key = msgspec.msgpack.encode(request.policy) + request.network_sha256 + original
+        key = msgspec.msgpack.encode((request.policy, request.networks)) + original
         answer = self._recall(
             "outcome", key, lambda: msgspec.msgpack.encode(self._real.compact(request, original, job))
         )

@@ -51,7 +51,7 @@ def infer(sha256: bytes, pixels: Pixels) -> Pixels:
 
 
 def compact(original: bytes, preset: str = "high", **policy: float) -> Outcome:
-    return compactor.compact(original, Policy(preset=preset, **policy), network()[0], infer)  # type: ignore[arg-type]
+    return compactor.compact(original, Policy(preset=preset, **policy), [network()[0]], infer)  # type: ignore[arg-type]
 
 
 def skimage_photo(name: str, size: tuple[int, int] = (256, 200)) -> Image.Image:
@@ -208,7 +208,7 @@ def test_little_saved_is_not_worth_it() -> None:
 
 def test_without_a_network() -> None:
     original = PICTURES["jpeg 4:2:0"]()
-    outcome = compactor.compact(original, Policy(), None, infer)
+    outcome = compactor.compact(original, Policy(), [], infer)
     assert outcome.verdict == Verdict.COMPACTED
     assert recipe_format.decode(outcome.recipe).network_sha256 == b""
 
@@ -216,8 +216,8 @@ def test_without_a_network() -> None:
 def test_a_reference_is_in_the_view_and_in_the_recipe() -> None:
     key = reference.key_of(bytes(32))
     original = PICTURES["jpeg 4:2:0"]() + bytes(4096)
-    plain = recipe_format.decode(compactor.compact(original, Policy(), None, infer).recipe)
-    outcome = compactor.compact(original, Policy(), None, infer, reference_key=key)
+    plain = recipe_format.decode(compactor.compact(original, Policy(), [], infer).recipe)
+    outcome = compactor.compact(original, Policy(), [], infer, reference_key=key)
     recipe = recipe_format.decode(outcome.recipe)
     view = reconstruction.rebuild(recipe, outcome.avif, infer)
     assert hashlib.sha256(view).digest() == recipe.sha256_view
@@ -236,7 +236,7 @@ def test_a_checkpoint_ends_it() -> None:
         raise EndedError
 
     with pytest.raises(EndedError):
-        compactor.compact(PICTURES["png"](), Policy(), None, infer, checkpoint)
+        compactor.compact(PICTURES["png"](), Policy(), [], infer, checkpoint)
 
 
 def test_black_picture_of_a_failing_gpu_is_noticed() -> None:
@@ -271,7 +271,7 @@ def engine() -> Iterator[Engine]:
 def test_engine_gives_the_same(engine: Engine) -> None:
     original = encoded(skimage_photo("coffee", (300, 300)).resize((600, 599)), "PNG")
     expected = compact(original, "small")
-    outcome = engine.compact(original, Policy(preset="small"), network()[0].sha256, "lite-x2")
+    outcome = engine.compact(original, Policy(preset="small"), {"lite-x2": network()[0].sha256})
     assert outcome == expected
     recipe = recipe_format.decode(outcome.recipe)
     rebuilt = engine.rebuild(recipe.sha256_view, lambda: (outcome.recipe, outcome.avif), Lane.INTERACTIVE).wait()
@@ -295,7 +295,7 @@ def test_engine_upscales(engine: Engine) -> None:
 
 def test_engine_says_what_is_wrong_with_a_blob(engine: Engine) -> None:
     original = PICTURES["png"]()
-    outcome = engine.compact(original, Policy(preset="small"), network()[0].sha256, "lite-x2")
+    outcome = engine.compact(original, Policy(preset="small"), {"lite-x2": network()[0].sha256})
     for recipe, avif in [
         (b"garbage", outcome.avif),
         (outcome.recipe, b"garbage"),

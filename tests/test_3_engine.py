@@ -111,7 +111,7 @@ def test_reconstructions_are_counted_by_how_long_was_waited_for_them(make_engine
 
 def test_compaction_and_upscale_and_networks(make_engine: MakeEngine) -> None:
     engine = make_engine()
-    outcome = engine.compact(b"echo", Policy(), SHA256, "lite-x2")
+    outcome = engine.compact(b"echo", Policy(), {"lite-x2": SHA256})
     assert outcome.verdict == Verdict.COMPACTED
     assert engine.upscale(b"image", SHA256) == WEIGHTS + b"image"
     assert order(engine, f"network {SHA256.hex()}").wait().file.read() == WEIGHTS

@@ -67,7 +67,7 @@ JPEGS: dict[str, Callable[[], bytes]] = {
 def compact(original: bytes, preset: str = LOSSLESS, **policy: float) -> Outcome:
     """Small pictures: boxes and padding weigh more than they would on a camera's."""
     policy = {"min_saving_lossless": 0.0, **policy}
-    return compactor.compact(original, Policy(preset=preset, **policy), None, no_network)  # type: ignore[arg-type]
+    return compactor.compact(original, Policy(preset=preset, **policy), [], no_network)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", JPEGS)
@@ -190,7 +190,7 @@ def test_through_the_engine() -> None:
     original = jpeg(exif=exif(), progressive=True)
     engine = Engine(EngineSettings(device="cpu"), network_bytes)
     try:
-        outcome = engine.compact(original, Policy(preset=LOSSLESS, min_saving_lossless=0), b"", "")
+        outcome = engine.compact(original, Policy(preset=LOSSLESS, min_saving_lossless=0), {})
         assert outcome == compact(original)
         digest = hashlib.sha256(original).digest()
         rebuilt = engine.rebuild(digest, lambda: (outcome.recipe, outcome.avif)).wait()

@@ -52,7 +52,10 @@ def init(
         typer.Option(help=f"What a picture must score (SSIMULACRA2): {_SCORES}."),
     ] = _PRESET,
     network: Annotated[
-        str, typer.Option(help="The network that rebuilds; see `esrfs weights list`.")
+        str,
+        typer.Option(
+            help="The family of networks that rebuilds (lite: lite-x2 …), or one network; see `esrfs weights list`."
+        ),
     ] = _DEFAULT.network,
     undo_days: Annotated[int, typer.Option(min=0, help="Days that originals can be brought back.")] = 30,
 ) -> None:
@@ -65,7 +68,7 @@ def init(
         return
     policy = Policy(preset=preset.value, network=network)
     try:
-        weights = registry.find(network).read_bytes()
+        weights = {name: path.read_bytes() for name, path in registry.family(network).items()}
     except WeightsError as error:
         raise CommandError(str(error), ExitCode.NETWORK) from error
     if dry_run:
@@ -90,14 +93,14 @@ def _make_exclusive(directory: str) -> None:
     show.line(f"{directory} is a store that only esrfs writes into; a mount knows it from its next start on")
 
 
-def _predict(directory: str, policy: Policy, weights: bytes) -> None:
+def _predict(directory: str, policy: Policy, weights: dict[str, bytes]) -> None:
     if not os.path.isdir(directory):
         raise CommandError(f"{directory} is not a directory; there is nothing to predict", ExitCode.FAILED)
-    digest = hashlib.sha256(weights).digest()
-    engine = Engine(EngineSettings(), {digest: weights}.__getitem__)
+    networks = {name: hashlib.sha256(data).digest() for name, data in weights.items()}
+    engine = Engine(EngineSettings(), {networks[name]: data for name, data in weights.items()}.__getitem__)
 
     def compact(original: bytes) -> Outcome:
-        return engine.compact(original, policy, digest, policy.network)
+        return engine.compact(original, policy, networks)
 
     try:
         with show.progress("Trying a sample") as advance:

@@ -220,13 +220,19 @@ class _Compaction:
         largest = allowed * small * _UNSURE
         found: list[tuple[_Way, Curve]] = []
         for way in ways:
-            if way.network is not None and self._headroom(sample, self._enlarged(sample, way, sample.small(way.scale))) < 0:
-                continue  # Even without the codec's loss.
+            if way.scale > 1 and not self._has_hope(sample, way):
+                continue
             first = round(found[0][1].crossing) if found and way.scale == 1 else self._first_level(way)
             curve = planner.explore(partial(self._try, sample, way), first=first, tries=_TRIES, largest=largest)
             if curve is not None:
                 found.append((way, curve))
         return sorted(found, key=lambda each: each[1].size)
+
+    def _has_hope(self, sample: _Picture, way: _Way) -> bool:
+        """Whether it would pass if the codec lost nothing. (Only shrinking does; most pictures can't bear much.)"""
+        small = sample.small(way.scale)
+        pixels = np.asarray(small).reshape(small.height, small.width, -1)
+        return self._headroom(sample, reconstruction.enlarge(sample.plan(way), pixels, self.infer)) >= 0
 
     def _first_level(self, way: _Way) -> int:
         return _FIRST_LEVEL[self.policy.preset] + (_HIGHER_WHEN_SMALL if way.scale > 1 else 0)
@@ -332,12 +338,8 @@ class _Compaction:
 
     def _rebuild(self, picture: _Picture, way: _Way, avif: bytes) -> Pixels:
         self.checkpoint()
-        return self._enlarged(picture, way, reconstruction.decode_small(picture.plan(way), avif))
-
-    def _enlarged(self, picture: _Picture, way: _Way, small: Pixels | Image.Image) -> Pixels:
-        if isinstance(small, Image.Image):
-            small = np.asarray(small).reshape(small.height, small.width, -1)
-        return reconstruction.enlarge(picture.plan(way), small, self.infer)
+        plan = picture.plan(way)
+        return reconstruction.enlarge(plan, reconstruction.decode_small(plan, avif), self.infer)
 
     def _reference(self, scan: bytes) -> bytes:
         return reference(self.reference_key, scan) if self.reference_key else b""
@@ -371,7 +373,7 @@ def _image(pixels: Pixels) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
 
 
-def encode_avif(image: Image.Image, quality: int, subsampling: str, speed: int) -> bytes:
+def encode_avif(image: Image.Image, quality: int, subsampling: str = "4:4:4", speed: int = 6) -> bytes:
     """Encode a picture for a blob; ``quality`` is 0 to 99, ``speed`` libaom's. The bytes don't depend on the machine's
     number of processors."""
     out = io.BytesIO()
@@ -380,7 +382,7 @@ def encode_avif(image: Image.Image, quality: int, subsampling: str, speed: int) 
         "AVIF",
         quality=quality,
         speed=speed,
-        subsampling=subsampling,
+        subsampling="4:0:0" if image.mode == "L" else subsampling,
         codec="aom",
         # libaom gives other bytes with one thread than with several, the same with any number of several; tiles chosen
         # automatically depend on the number.

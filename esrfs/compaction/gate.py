@@ -12,11 +12,10 @@ from esrfs.compaction.outcome import PRESETS
 from esrfs.metrics import colour, fidelity
 from esrfs.metrics.ssimulacra2 import Pixels, Reference
 
-
 _COLOUR = {"faithful": (0.7, 3.0), "high": (1.2, 5.0), "balanced": (1.6, 6.5), "small": (2.0, 8.0)}
 """For each preset: CIEDE2000 on average, and what one block in a thousand may exceed."""
 _POINTS_PER_COLOUR, _POINTS_PER_WORST_COLOUR = 20.0, 5.0
-"""What colour counts beside SSIMULACRA2's points where only one figure is asked: about as a codec's levels move both."""
+"""What colour counts beside SSIMULACRA2's points where one figure is asked: about as a codec's levels move them."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def objection(scores: Scores, wanted: Thresholds) -> str:
         return f"its worst part scores {scores.worst_tile:.1f} where {wanted.worst_tile:.0f} is promised"
     if scores.colour > wanted.colour or scores.worst_colour > wanted.worst_colour:
         return (
-            f"its colours are off by {scores.colour:.1f} on average and {scores.worst_colour:.1f} in places (CIEDE2000), "
+            f"its colours are off by {scores.colour:.1f} and in places by {scores.worst_colour:.1f} (CIEDE2000), "
             f"where {wanted.colour:g} and {wanted.worst_colour:g} are promised"
         )
     return ""

@@ -22,6 +22,9 @@ _POINTS_PER_LEVEL = 1.2
 """How much one level adds to the score, before two trials of the picture itself tell."""
 _GROWTH = 1.05
 """What one level more multiplies the size by; likewise."""
+_MARGIN = 0.5
+"""Points that the first trial of the whole picture aims at: a mosaic's curve is that much off, mostly, and a second
+trial takes as long as the first."""
 _NEAR_POINTS, _NEAR_LEVELS = 1.0, 4
 """A curve is known well enough when a trial came so near to its crossing, or two, one on each side, lie so close."""
 
@@ -128,8 +131,8 @@ def explore(attempt: Attempt, *, first: int, tries: int, largest: float = math.i
 
 
 def confirm(attempt: Attempt, curve: Curve, patience: Patience, largest: float = math.inf) -> list[Trial]:
-    """Trials of the whole picture, the best last: the lowest level that passed, if one did. At most
-    ``patience.passes``, and none after one that shows that what passes would take more than ``largest`` bytes."""
+    """Trials of the whole picture, towards the lowest level that passes: at most ``patience.passes``, and none after
+    one that shows that what passes would take more than ``largest`` bytes."""
     trials: list[Trial] = []
     below, above = LOWEST - 1, HIGHEST + 1
     level = min(max(math.ceil(curve.crossing + _MARGIN / curve.slope), LOWEST), HIGHEST)
@@ -148,9 +151,4 @@ def confirm(attempt: Attempt, curve: Curve, patience: Patience, largest: float =
             break
         step = math.ceil(missing + _MARGIN / curve.slope) if passed else max(1, math.ceil(missing + 0.2))
         level = min(max(level + step, below + 1), above - 1, HIGHEST)
-    return sorted(trials, key=lambda trial: (trial.headroom >= 0, -trial.level if trial.headroom >= 0 else trial.headroom))
-
-
-_MARGIN = 0.5
-"""Points that the first trial of the whole picture aims at: a mosaic's curve is that much off, mostly, and a second
-trial takes as long as the first."""
+    return trials

@@ -25,7 +25,7 @@ import sysconfig
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, Literal, TypeVar, cast
@@ -244,8 +244,7 @@ class Engine:
         self,
         original: bytes | FileValue,
         policy: Policy,
-        network_sha256: bytes,
-        network_name: str,
+        networks: Mapping[str, bytes],
         reference_key: bytes = b"",
     ) -> Ticket[Outcome]:
         """Begin a compaction; see :meth:`compact`. ``reference_key``: the store's (``blob/reference.py``)."""
@@ -254,8 +253,7 @@ class Engine:
             request = protocol.Compact(
                 job=number,
                 policy=policy,
-                network_name=network_name,
-                network_sha256=network_sha256,
+                networks=dict(networks),
                 reference_key=reference_key,
             )
             return request, original
@@ -263,12 +261,13 @@ class Engine:
         job = self._submit(prepare, "compactions", Lane.COMPACTION, None)
         return Ticket[Outcome](self, job, Lane.COMPACTION, self._settings.compaction_time_limit)
 
-    def compact(self, original: bytes, policy: Policy, network_sha256: bytes, network_name: str) -> Outcome:
+    def compact(self, original: bytes, policy: Policy, networks: Mapping[str, bytes]) -> Outcome:
         """Turn an original into a blob's parts, or a verdict why not. Bad input is a verdict, never an exception.
+        ``networks`` may enlarge it: name → sha256.
 
         Waits. Raises EngineError and TimeoutError as :meth:`Ticket.wait`.
         """
-        ticket = self.compact_ticket(original, policy, network_sha256, network_name)
+        ticket = self.compact_ticket(original, policy, networks)
         try:
             return ticket.wait()
         finally:

@@ -72,14 +72,13 @@ class NetworkHandler:
 
     def compact(self, request: protocol.Compact, original: bytes, job: Running) -> Outcome:
         try:
-            network = None
-            if request.network_sha256:
-                scale = self._network(request.network_sha256).scale
-                network = NetworkRef(request.network_name, request.network_sha256, scale)
+            networks = [
+                NetworkRef(name, sha256, self._network(sha256).scale) for name, sha256 in request.networks.items()
+            ]
             return compactor.compact(
                 original,
                 request.policy,
-                network,
+                networks,
                 self._infer(job),
                 job.checkpoint,
                 reference_key=request.reference_key,

@@ -59,9 +59,8 @@ class Compact(msgspec.Struct, frozen=True, tag="compact"):
 
     job: int
     policy: Policy
-    network_name: str
-    network_sha256: bytes
-    """Empty: no network, scale 1 only."""
+    networks: dict[str, bytes]
+    """Those that may enlarge: name → sha256. Empty: scale 1 only."""
     reference_key: bytes = b""
     """Of the store, for the references in views (``blob/reference.py``); empty: none."""
 

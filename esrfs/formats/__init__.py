@@ -82,6 +82,14 @@ def encode_scan(coding: PictureCoding, width: int, height: int, pixels: Pixels, 
     return _module(kind_of(coding)).encode_scan(coding, width, height, pixels, length)
 
 
+def recoded(split: Split, pixels: Pixels) -> Pixels:
+    """What decoders make of ``pixels``, of any size, when they are coded as a view of ``split`` would be that has room
+    enough: what its codec loses can be known before the whole view is made."""
+    from esrfs.formats import jpeg  # noqa: PLC0415
+
+    return jpeg.recoded(split, pixels) if isinstance(split, jpeg.JpegSplit) else pixels
+
+
 def decode(data: bytes, max_megapixels: float) -> Pixels:
     """Pixels of any picture that Pillow reads: uint8, height × width × 1 to 4, as stored (no EXIF rotation, no colour
     management; 16 bit is cut to 8, palettes and CMYK become RGB, the first of several frames counts).

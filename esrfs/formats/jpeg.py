@@ -36,7 +36,7 @@ from esrfs.blob.reference import REFERENCE_BYTES
 from esrfs.formats import jpeg_parse, jpeg_progressive
 from esrfs.formats.jpeg_decode import intact_pixels
 from esrfs.formats.jpeg_parse import DHT, DQT, DRI, Structure
-from esrfs.formats.pixels import as_image_for_jpeg, check_dimensions, softened
+from esrfs.formats.pixels import as_array, as_image_for_jpeg, check_dimensions, softened
 from esrfs.formats.view import TAIL_BYTES, DoesNotFit, FittedView, Note, Pixels, front_fill, joined, no_note, noted
 
 COARSER = (1.0, 1.08, 1.17, 1.27, 1.38, 1.5)
@@ -176,6 +176,18 @@ def encode_scan(coding: JpegCoding, width: int, height: int, pixels: Pixels, len
     raise DoesNotFit(f"the rebuilt picture needs {len(scan)} bytes, and there are {length}")
 
 
+def recoded(split: JpegSplit, pixels: Pixels) -> Pixels:
+    """See ``formats.recoded``."""
+    coding = split.structure.coding
+    height, width = pixels.shape[:2]
+    out = io.BytesIO()
+    as_image_for_jpeg(pixels, width, height, coding.mode).save(
+        out, "JPEG", qtables=_natural(coding), subsampling=coding.subsampling
+    )
+    with Image.open(out) as image:
+        return as_array(image)
+
+
 def encoder() -> str:
     """What writes the scans: ``pillow 12.1.0, libjpeg-turbo 3.1.0``."""
     return f"pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo') or features.version('jpg')}"
@@ -281,12 +293,18 @@ def _huffman(mode: str, progressive: bool) -> bytes:
     return struct.pack(">HH", 0xFF00 | DHT, 2 + len(body)) + body
 
 
-def _scan(coding: JpegCoding, image: Image.Image) -> memoryview:
-    """What is between ``image``'s (first) SOS and EOI."""
+def _natural(coding: JpegCoding) -> list[list[int]]:
+    """The quantisation tables, row by row."""
     natural = [[0] * 64 for _ in coding.quantisation]
     for table, values in zip(natural, coding.quantisation, strict=True):
         for index, value in zip(_ZIGZAG, values, strict=True):
             table[index] = value
+    return natural
+
+
+def _scan(coding: JpegCoding, image: Image.Image) -> memoryview:
+    """What is between ``image``'s (first) SOS and EOI."""
+    natural = _natural(coding)
     out = io.BytesIO()
     if coding.progressive:
         with _room_for_all(image):

@@ -86,12 +86,19 @@ def names() -> list[str]:
 
 def find(name: str) -> Path:
     """The file of the network called ``name``. Raises WeightsError, saying what to do, when it is not here."""
-    for directory in (shipped_directory(), user_directory()):
-        if path := _file(directory, name):
-            return path
+    path = _anywhere(name)
+    if path is not None:
+        return path
     if name in official():
         raise WeightsError(f"the weights of {name} are not here yet; `esrfs weights pull {name}` downloads them")
     raise WeightsError(f"there is no network called {name!r}; esrfs has {', '.join(names())}")
+
+
+def family(name: str) -> dict[str, Path]:
+    """The files of the networks that a policy's ``network`` means, by name: NAME-x1 to NAME-x4 as far as they are here,
+    or else the one called NAME. Raises WeightsError when there is none."""
+    found = {member: path for scale in range(1, 5) if (path := _anywhere(member := f"{name}-x{scale}")) is not None}
+    return found or {name: find(name)}
 
 
 def listing() -> list[Listed]:
@@ -241,6 +248,10 @@ def _check_kind(path: Path) -> None:
     pth = path.suffix.lower() == ".pth" and (head[:2] == b"PK" or head[:1] == b"\x80")
     if not safetensors and not pth:
         raise WeightsError(f"{path} is neither safetensors nor a .pth file of weights")
+
+
+def _anywhere(name: str) -> Path | None:
+    return _file(shipped_directory(), name) or _file(user_directory(), name)
 
 
 def _files(directory: Path) -> list[Path]:

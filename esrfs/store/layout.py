@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from esrfs.compaction.outcome import CHOICES, Policy
+from esrfs.compaction.outcome import CHOICES, PATIENCES, Policy
 from esrfs.store import ledger
 from esrfs.store.errors import Problem, StoreError
 from esrfs.store.ledger import Ledger
@@ -111,7 +111,8 @@ undo_days = {undo_days}
 
 [policy]
 preset = {preset}  # faithful, high, balanced, small, lossless; for some files: see the file rules, beside this one
-network = {network}
+network = {network}  # a family (lite-x2 and so on are of the family lite), or one network
+patience = {patience}  # low, normal, high, endless: time spent on each picture for fewer bytes
 min_saving = {min_saving}  # a file is left alone unless it shrinks by at least this share
 min_saving_lossless = {min_saving_lossless}  # the same where it comes back bit for bit
 max_megapixels = {max_megapixels}
@@ -148,6 +149,12 @@ def parse_config(text: str, where: str) -> StoreConfig:
             f"{where} can't be read: {error}. Nothing was changed. Repair it, or take it from a backup.",
             Problem.DAMAGED,
         ) from error
+    if config.policy.patience not in PATIENCES:
+        raise StoreError(
+            f"{where} asks for the patience {config.policy.patience!r}, which is none of {', '.join(PATIENCES)}. "
+            "Correct it.",
+            Problem.DAMAGED,
+        )
     if config.policy.preset not in CHOICES:
         raise StoreError(
             f"{where} asks for the preset {config.policy.preset!r}, which is none of {', '.join(CHOICES)}. Correct it.",

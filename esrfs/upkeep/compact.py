@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from esrfs import faults
 from esrfs.blob import container, reference
 from esrfs.blob.recipe import Recipe, decode, expand
-from esrfs.compaction.outcome import NEVER, Outcome, Policy, Reason, Verdict
+from esrfs.compaction.outcome import LOSSLESS, NEVER, Outcome, Policy, Reason, Verdict
 from esrfs.engine import filevalue
 from esrfs.engine.client import Engine
 from esrfs.engine.filevalue import FileValue
@@ -116,7 +116,7 @@ def compact(workshop: Workshop, path: str, *, again: bool = False) -> Done:
     """Compact the file at ``path``, if that is right for it. ``again``: also when an earlier verdict was against it.
 
     Raises OSError for trouble with the store (full, failing), EngineError and TimeoutError for trouble with the engine,
-    WeightsError when the policy's network is not installed; trouble with the file is a verdict.
+    WeightsError when none of the policy's networks is installed; trouble with the file is a verdict.
     """
     store = workshop.store
     with open_parent(store.root_fd, path) as (directory, name):
@@ -256,10 +256,11 @@ def _digest(descriptor: int, size: int) -> bytes | None:
 
 def _ask_engine(workshop: Workshop, original: FileValue, claim: Claim, policy: Policy) -> Outcome | None:
     """The engine's answer; None when the claim was interrupted meanwhile."""
-    # The store keeps a copy of each network that a recipe names.
-    network = workshop.store.keep_network(registry.find(policy.network).read_bytes())
+    # The store keeps a copy of each network that a recipe may name.
+    family = registry.family(policy.network) if policy.preset != LOSSLESS else {}
+    networks = {name: workshop.store.keep_network(path.read_bytes()) for name, path in family.items()}
     key = reference.key_of(workshop.store.config.key_bytes)
-    ticket = workshop.engine.compact_ticket(original, policy, network, policy.network, key)
+    ticket = workshop.engine.compact_ticket(original, policy, networks, key)
     try:
         while not ticket.done:
             if claim.interrupted:
