@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import math
 import os
 import time
@@ -24,9 +23,10 @@ from PIL import Image
 from benchmarks.machine import describe
 from esrfs import formats
 from esrfs.blob import recipe as recipe_format
+from esrfs.blob.recipe import Recipe
 from esrfs.compaction import compactor, planner
 from esrfs.compaction.compactor import NetworkRef
-from esrfs.compaction.outcome import PATIENCES, PRESETS, Policy, Verdict, stored_bytes
+from esrfs.compaction.outcome import LOSSLESS, PATIENCES, PRESETS, Policy, Verdict, stored_bytes
 from esrfs.engine import tiles
 from esrfs.engine.lanes import Crossing
 from esrfs.engine.protocol import Lane
@@ -62,7 +62,10 @@ def main() -> None:
         return result
 
     print(f"{describe()}; preset {policy.preset}, patience {policy.patience}, networks {', '.join(files)}\n")
-    print("| file | MP | bytes | stored | ratio | how | score | worst tile | colour | s | of it networks | one AVIF |", end="")
+    print(
+        "| file | MP | bytes | stored | ratio | how | score | worst tile | colour | s | of it networks | one AVIF |",
+        end="",
+    )
     print(" plain AVIF | of it |" if arguments.plain else "")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|" + ("---|---|" if arguments.plain else ""))
     sums = [0, 0, 0.0, 0]
@@ -74,22 +77,27 @@ def main() -> None:
         took, cpu = time.perf_counter() - start, time.process_time() - cpu
         row = [path.name, f"{outcome.width * outcome.height / 1e6:.1f}", f"{len(original):,}"]
         if outcome.verdict is not Verdict.COMPACTED:
-            print(f"| {' | '.join(row)} | {outcome.verdict.value}: {outcome.message} | | | | | | {took:.1f} |", flush=True)
+            print(
+                f"| {' | '.join(row)} | {outcome.verdict.value}: {outcome.message} | | | | | | {took:.1f} |", flush=True
+            )
             sums[0] += len(original)
             sums[1] += len(original)
             continue
         recipe = recipe_format.decode(outcome.recipe)
         stored = stored_bytes(outcome.avif, outcome.recipe)
-        scores = recipe.scores
         sums[0] += len(original)
         sums[1] += stored
-        how = f"×{recipe.scale} q{recipe.quality} {recipe.subsampling}"
-        row += [f"{stored:,}", f"{len(original) / stored:.2f}", how if recipe.preset != "lossless" else "lossless"]
-        row += [f"{scores.ssimulacra2:.1f}", f"{scores.worst_tile:.1f}", f"{scores.colour:.2f}, {scores.worst_colour:.1f}"]
-        row += [f"{took:.1f} ({cpu:.1f} of CPU)", f"{seconds_in_networks[0]:.1f}"]
+        row += [f"{stored:,}", f"{len(original) / stored:.2f}"]
+        times = [f"{took:.1f} ({cpu:.1f} of CPU)", f"{seconds_in_networks[0]:.1f}"]
+        if recipe.preset == LOSSLESS:
+            print(f"| {' | '.join([*row, f'lossless: {recipe.note}', '', '', '', *times])} |", flush=True)
+            continue
+        scores = recipe.scores
+        row += [f"×{recipe.scale} q{recipe.quality} {recipe.subsampling}", f"{scores.ssimulacra2:.1f}"]
+        row += [f"{scores.worst_tile:.1f}", f"{scores.colour:.2f}, {scores.worst_colour:.1f}"]
         pixels = _colour(formats.decode(original, 300))
-        row += [_one_encode(pixels, recipe.quality, policy)]
-        if arguments.plain and recipe.preset != "lossless":
+        row += [*times, _one_encode(pixels, policy, recipe)]
+        if arguments.plain:
             plain = _plain(pixels, scores.ssimulacra2, planner.PATIENCE[policy.patience].speed)
             row += [f"{plain:,.0f}", f"{len(outcome.avif) / plain:.3f}"]
             if not math.isnan(plain):
@@ -98,7 +106,9 @@ def main() -> None:
         print(f"| {' | '.join(row)} |", flush=True)
     print(f"\n{sums[0]:,} bytes in {sums[1]:,}: {sums[0] / sums[1]:.2f} : 1")
     if sums[3]:
-        print(f"of plain AVIF's bytes at the same score, geometric mean of {sums[3]}: {math.exp(sums[2] / sums[3]):.3f}")
+        print(
+            f"of plain AVIF's bytes at the same score, geometric mean of {sums[3]}: {math.exp(sums[2] / sums[3]):.3f}"
+        )
 
 
 def _colour(pixels: Pixels) -> Pixels:
@@ -109,11 +119,11 @@ def _image(pixels: Pixels) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
-def _one_encode(pixels: Pixels, quality: int, policy: Policy) -> str:
-    """The time that Pillow takes to encode the picture at this patience's speed, with all its threads."""
+def _one_encode(pixels: Pixels, policy: Policy, recipe: Recipe) -> str:
+    """The time that one encode of the whole picture takes, alone."""
     start, cpu = time.perf_counter(), time.process_time()
     speed = planner.PATIENCE[policy.patience].speed
-    _image(pixels).save(io.BytesIO(), "AVIF", quality=quality, speed=speed, advanced={"tune": "ssimulacra2"})
+    compactor.encode_avif(_image(pixels), recipe.quality, recipe.subsampling, speed)
     return f"{time.perf_counter() - start:.1f} ({time.process_time() - cpu:.1f} of CPU)"
 
 

@@ -217,7 +217,7 @@ def test_lanes(make_engine: MakeEngine, tmp_path: Path) -> None:
     """Interactive before read-ahead before compaction, in the queue and while running."""
     engine = make_engine()
     notes = tmp_path / "notes"
-    compaction = engine.compact_ticket(f"work {notes} .3".encode(), Policy(), b"", "")
+    compaction = engine.compact_ticket(f"work {notes} .3".encode(), Policy(), {})
     wait_until(notes.exists)
     ahead = [order(engine, f"work {notes} .1", lane=Lane.READ_AHEAD) for _ in range(3)]
     wait_until(lambda: "begin 2" in notes.read_text())

@@ -122,7 +122,7 @@ def explore(attempt: Attempt, *, first: int, tries: int, largest: float = math.i
         if len(trials) > 1 and curve.size > largest:
             return None
         near = min(abs(trial.headroom) for trial in trials) < _NEAR_POINTS
-        if len(trials) == tries or (near and len(trials) > 1) or above - below <= _NEAR_LEVELS:
+        if len(trials) == tries or (near and len(trials) > 1) or above <= min(HIGHEST, below + _NEAR_LEVELS):
             return curve
         wanted = round(curve.crossing)
         if wanted in (trial.level for trial in trials):
