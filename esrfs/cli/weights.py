@@ -11,7 +11,6 @@ import typer
 
 from esrfs.cli import show
 from esrfs.cli.show import CommandError
-from esrfs.compaction.outcome import Policy
 from esrfs.engine.client import Device, Engine, EngineError, EngineSettings
 from esrfs.exit_codes import ExitCode
 from esrfs.networks import registry
@@ -126,7 +125,7 @@ def _write(path: Path, data: bytes) -> None:
 def upscale(
     image: Annotated[Path, typer.Argument(metavar="IMAGE")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="A PNG file.")],
-    network: Annotated[str, typer.Option(help="See `esrfs weights list`.")] = Policy().network,
+    network: Annotated[str, typer.Option(help="See `esrfs weights list`.")] = "lite-x2",
     device: Annotated[Device, typer.Option(help="Where the network runs.")] = "auto",
 ) -> None:
     """Enlarge one image with a network; needs no store."""

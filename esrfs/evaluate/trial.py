@@ -197,7 +197,7 @@ def _compact(trial: Trial) -> list[Result]:
 
     reference = compactor.NetworkRef(name, sha256, network.scale)
     policy = Policy(preset=trial.setting, network=name, max_megapixels=MAX_MEGAPIXELS)
-    outcome, store_seconds = _timed(lambda: compactor.compact(data, policy, reference, infer))
+    outcome, store_seconds = _timed(lambda: compactor.compact(data, policy, [reference], infer))
     size, note, measured, restore_seconds = None, f"{outcome.reason}: {outcome.message}", {}, 0.0
     if outcome.verdict == Verdict.COMPACTED:
         recipe = recipe_format.decode(outcome.recipe)
