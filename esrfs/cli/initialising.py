@@ -13,7 +13,7 @@ import typer
 
 from esrfs.cli import show
 from esrfs.cli.show import CommandError
-from esrfs.compaction.outcome import CHOICES, LOSSLESS, PRESETS, Outcome, Policy
+from esrfs.compaction.outcome import CHOICES, LOSSLESS, PATIENCES, PRESETS, Outcome, Policy
 from esrfs.engine.client import Engine, EngineSettings
 from esrfs.exit_codes import ExitCode
 from esrfs.networks import registry
@@ -21,8 +21,10 @@ from esrfs.networks.registry import WeightsError
 from esrfs.store import initialise, layout
 
 Preset = enum.StrEnum("Preset", {name: name for name in CHOICES})  # type: ignore[misc]  # its members are CHOICES
+Patience = enum.StrEnum("Patience", {name: name for name in PATIENCES})  # type: ignore[misc]  # likewise
 
 _DEFAULT = Policy()
+_PATIENCE = Patience(_DEFAULT.patience)
 _PRESET = Preset(_DEFAULT.preset)
 _SCORES = ", ".join(f"{name} {score:g}" for name, (score, _) in PRESETS.items()) + f", {LOSSLESS} 100"
 
@@ -57,6 +59,9 @@ def init(
             help="The family of networks that rebuilds (lite: lite-x2 …), or one network; see `esrfs weights list`."
         ),
     ] = _DEFAULT.network,
+    patience: Annotated[
+        Patience, typer.Option(help="Time that compaction spends on each picture for fewer bytes.")
+    ] = _PATIENCE,
     undo_days: Annotated[int, typer.Option(min=0, help="Days that originals can be brought back.")] = 30,
 ) -> None:
     """Make a directory a store. No photograph is touched: that begins when the store is mounted.
@@ -66,7 +71,7 @@ def init(
     if exclusive and layout.is_store(directory) and not dry_run:
         _make_exclusive(directory)
         return
-    policy = Policy(preset=preset.value, network=network)
+    policy = Policy(preset=preset.value, network=network, patience=patience.value)
     try:
         weights = {name: path.read_bytes() for name, path in registry.family(network).items()}
     except WeightsError as error:
