@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from esrfs_daemon import main as daemon
 from PIL import Image
 
 from esrfs.blob import container, recipe
@@ -132,7 +133,8 @@ def test_the_manual_lists_every_option():
         for below in getattr(command, "commands", {}).values():
             look(page, below)
 
-    for name, command in typer.main.get_command(main.make_app()).commands.items():
+    commands = typer.main.get_command(main.make_app()).commands | {"daemon": typer.main.get_command(daemon.app)}
+    for name, command in commands.items():
         look((MANUAL / f"esrfs-{name}.1").read_text(), command)
     page = (MANUAL / "esrfs-mount.1").read_text()
     for option in OWN:

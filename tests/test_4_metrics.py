@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import subprocess
@@ -110,6 +111,41 @@ def test_a_wrong_address_is_told_before_anything_is_mounted(unmounted: Mounted) 
     )
     assert result.returncode == ExitCode.USAGE
     assert "'example:80' is no address for metrics" in result.stderr
+
+
+def test_the_daemon_tells_its_figures(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    configuration = tmp_path / "daemon.toml"
+    configuration.write_text(f'[[rules]]\nname = "camera"\nsource = "{source}"\ndestination = "{tmp_path}/nowhere"\n')
+    port = free_port()
+    command = [sys.executable, "-m", "esrfs_daemon.main", "--config", str(configuration), "--metrics", str(port)]
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(command, stderr=log)
+    try:
+        found: dict[str, float] = {}
+
+        def has_walked() -> bool:
+            with contextlib.suppress(urllib.error.URLError):
+                found.update(scrape(port))
+            return found.get(f"esrfs_daemon_working{labels}") == 0
+
+        labels = f"{{rule=camera,source={source}}}"
+        wait_until(has_walked)
+        documented = (Path(__file__).resolve().parent.parent / "docs" / "operations.md").read_text()
+        for name in found:
+            assert name.partition("{")[0] in documented or name.startswith("process_"), name
+        assert found[f"esrfs_daemon_migrated_files_total{labels}"] == 0
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0, (tmp_path / "log").read_text()
+
+
+def test_the_daemon_refuses_a_wrong_address() -> None:
+    command = [sys.executable, "-m", "esrfs_daemon.main", "--metrics", "nowhere"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == ExitCode.USAGE
+    assert "is no address for metrics" in result.stderr
 
 
 def test_addresses() -> None:

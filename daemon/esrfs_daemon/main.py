@@ -7,15 +7,16 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
 import typer
 
-from esrfs import control, journal
+from esrfs import control, journal, prometheus
 from esrfs.exit_codes import ExitCode
-from esrfs_daemon import config, status, throttle
+from esrfs_daemon import config, figures, status, throttle
 from esrfs_daemon.config import Config, ConfigError
 from esrfs_daemon.journal import JournalError
 from esrfs_daemon.service import Service
@@ -48,11 +49,22 @@ def main(
     reconcile: Annotated[
         bool, typer.Option("--reconcile", help="Ask the running daemon to walk its sources now; exit code 4: none.")
     ] = False,
+    metrics: Annotated[
+        str,
+        typer.Option(
+            metavar="[ADDRESS:]PORT", help="Where Prometheus finds figures; this machine's own if no address is given."
+        ),
+    ] = "",
     debug: Annotated[bool, typer.Option("--debug", help="Log more.")] = False,
 ) -> None:
     """Moves photographs from folders into mounts of esrfs, as they come. Logs to standard error."""
     if tell_status or reconcile:
         raise typer.Exit(_ask("status" if tell_status else "reconcile"))
+    try:
+        address = prometheus.parse_address(metrics) if metrics else None
+    except ValueError as error:
+        _note(str(error))
+        raise typer.Exit(ExitCode.USAGE) from error
     try:
         settings = config.load(config_path or config.default_path())
         if check_config:
@@ -72,11 +84,12 @@ def main(
     except JournalError as error:
         _note(str(error))
         raise typer.Exit(ExitCode.FAILED) from error
-    raise typer.Exit(serve(service, once=once))
+    raise typer.Exit(serve(service, once=once, metrics=address))
 
 
-def serve(service: Service, *, once: bool = False) -> int:
-    """Run until SIGTERM or SIGINT (or to the end of ``once``), answering on the control socket; the exit code."""
+def serve(service: Service, *, once: bool = False, metrics: tuple[str, int] | None = None) -> int:
+    """Run until SIGTERM or SIGINT (or to the end of ``once``), answering on the control socket, and to Prometheus at
+    ``metrics``; the exit code."""
 
     def end(_number: int, _frame: FrameType | None) -> None:
         service.stop()
@@ -85,6 +98,7 @@ def serve(service: Service, *, once: bool = False) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, end)
     server = status.serve(service.status, service.reconcile)
+    stop_figures = _serve_figures(metrics, service.status) if metrics else None
     try:
         if once:
             return ExitCode.OK if service.run_once() else ExitCode.FAILED
@@ -93,7 +107,18 @@ def serve(service: Service, *, once: bool = False) -> int:
         log.info("ended")
         return ExitCode.OK
     finally:
+        if stop_figures is not None:
+            stop_figures()
         server.stop()
+
+
+def _serve_figures(address: tuple[str, int], told: status.Status) -> Callable[[], None] | None:
+    """The daemon's work is worth more than its figures: without them it goes on."""
+    try:
+        return prometheus.serve(address, figures.collector(told))
+    except OSError as error:
+        log.error("metrics can't be served at %s port %d: %s", *address, error)
+        return None
 
 
 def _ask(op: str) -> int:

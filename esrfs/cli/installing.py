@@ -36,7 +36,7 @@ def install_units(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing; print what would be written.")] = False,
 ) -> None:
-    """Install systemd units: esrfs@.service for mounts.
+    """Install systemd units: esrfs@.service for mounts, esrfs-daemon.service for the migration daemon.
 
     They name the esrfs that this command is of. Starts nothing. A unit that was edited stays as it is.
     """

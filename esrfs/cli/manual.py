@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import typer.main
+from esrfs_daemon import main as daemon_command_line
 
 import esrfs
 from esrfs.cli import main as command_line
@@ -37,6 +38,9 @@ def pages() -> dict[str, str]:
     made = {"esrfs.1": _main_page(group, top)}
     for name, command in group.commands.items():
         made[f"esrfs-{name}.1"] = _command_page(command, _below(top, name, command))
+    daemon: Any = typer.main.get_command(daemon_command_line.app)
+    context = daemon.context_class(daemon, info_name="esrfs-daemon", **daemon.context_settings)
+    made["esrfs-daemon.1"] = _command_page(daemon, context)
     return made
 
 
@@ -50,6 +54,7 @@ def _main_page(group: Any, top: Any) -> str:
     text += [".SH DESCRIPTION", *_paragraphs(group.help), ".SH COMMANDS"]
     for name, command in sorted(group.commands.items()):
         text += _item(rf"\fBesrfs\-{_text(name)}\fR(1)", _first_sentence(command.help))
+    text += _item(r"\fBesrfs\-daemon\fR(1)", "The migration daemon.")
     text += [".SH OPTIONS", *_parameters(group, top), ".SH EXIT STATUS"]
     table = _README.read_text().partition("## Exit codes")[2].partition("\n## ")[0]
     for code, meaning in re.findall(r"^\| (\d+) \| (.*) \|$", table, re.MULTILINE):
