@@ -84,7 +84,7 @@ def took_over(data: bytes, blob: Blob) -> Recipe | None:
     return recipe
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_a_view_refers_to_its_scan(kind: str) -> None:
     view, blob = stored(kind)
     found = scan.find(view)
@@ -93,7 +93,7 @@ def test_a_view_refers_to_its_scan(kind: str) -> None:
     assert found.start == recipe_format.length(blob.recipe.prefix)
     assert found.end <= found.start + blob.recipe.scan_length <= found.fill_end
     assert found.tables == scan.tables(found.kind, view[: found.start])
-    assert len(found.tables) >= (1 if kind == "PNG" else 5)
+    assert len(found.tables) >= {"JPEG": 5, "PNG": 1, "WEBP": 0}[kind]
     if kind == "JPEG":
         structure = jpeg_parse.parse(view)
         assert (found.start, found.end) == (structure.scan_start, structure.scan_end)
@@ -105,6 +105,10 @@ def segment(marker: int, body: bytes) -> bytes:
 
 def chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def riff_chunk(kind: bytes, body: bytes) -> bytes:
+    return kind + struct.pack("<I", len(body)) + body + bytes(len(body) % 2)
 
 
 bodies = st.one_of(st.binary(max_size=300), st.builds(bytes, st.integers(0, 3000)))
@@ -149,8 +153,26 @@ def test_any_envelope_of_a_png(before: list[tuple[bytes, bytes]], keeps_fill: bo
     assert took_over(b"".join(parts), blob) is not None
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    before=st.lists(st.tuples(st.sampled_from([b"ICCP", b"esRF"]), bodies), max_size=3),
+    after=st.lists(st.tuples(st.sampled_from([b"EXIF", b"XMP ", b"esRF"]), bodies), max_size=3),
+    trailing=st.binary(max_size=100),
+)
+def test_any_envelope_of_a_webp(
+    before: list[tuple[bytes, bytes]], after: list[tuple[bytes, bytes]], trailing: bytes
+) -> None:
+    view, blob = stored("WEBP")
+    found = scan.find(view)
+    assert found is not None
+    parts = [b"VP8X" + struct.pack("<I", 10) + bytes(10), *(riff_chunk(kind, body) for kind, body in before)]
+    parts += [view[found.start - 8 : found.end], *(riff_chunk(kind, body) for kind, body in after)]
+    body = b"WEBP" + b"".join(parts)
+    assert took_over(b"RIFF" + struct.pack("<I", len(body)) + body + trailing, blob) is not None
+
+
 @settings(deadline=None, max_examples=200)
-@given(kind=st.sampled_from(["JPEG", "PNG"]), place=st.floats(0, 1), change=st.integers(1, 255))
+@given(kind=st.sampled_from(["JPEG", "PNG", "WEBP"]), place=st.floats(0, 1), change=st.integers(1, 255))
 def test_any_other_scan_or_table_is_not_taken_for_it(kind: str, place: float, change: int) -> None:
     view, blob = stored(kind)
     found = scan.find(view)
@@ -180,7 +202,9 @@ def test_fill_takes_no_room_in_a_recipe() -> None:
 
 
 @settings(deadline=None, max_examples=300)
-@given(head=st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b""]), rest=st.binary(max_size=400))
+@given(
+    head=st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFFabcdWEBP", b""]), rest=st.binary(max_size=400)
+)
 def test_no_bytes_make_it_fail(head: bytes, rest: bytes) -> None:
     found = scan.find(head + rest)
     assert found is None or found.start <= found.end <= found.fill_end <= len(head + rest)
@@ -203,6 +227,7 @@ def test_cut_files(kind: str, length: float) -> None:
         b"\xff\xd8" + segment(0xDA, b"") + b"\xff\xda" * 1_000_000,
         b"\xff\xd8" + segment(0xFE, b"") * 1_000_000,
         b"\x89PNG\r\n\x1a\n" + chunk(b"esRF", b"") * 300_000,
+        b"RIFFabcdWEBP" + riff_chunk(b"esRF", b"") * 300_000,
     ],
 )
 def test_crafted_files_take_no_long_time(data: bytes) -> None:

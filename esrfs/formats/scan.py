@@ -18,8 +18,11 @@ _JPEG_TABLES = frozenset({*range(0xC0, 0xD0), 0xDB, 0xDD})
 """What a decoder needs besides the scan: frame, Huffman and quantisation tables, restart interval."""
 _SOI, _EOI, _SOS, _APP13 = 0xD8, 0xD9, 0xDA, 0xED
 _JPEG_FILL = b"esrfs\0"
-_PNG_FILL = b"esRF"
+_CHUNK_FILL = b"esRF"
+"""In PNG and WebP."""
 _PNG_TABLES = (b"IHDR", b"PLTE", b"tRNS")
+_WEBP_PICTURES = (b"VP8 ", b"VP8L")
+_WEBP_TABLES = (b"ALPH",)
 _MOST_PARTS = 1 << 16
 """Segments, chunks or scans that are looked at: more are none that a view has."""
 
@@ -47,12 +50,14 @@ def find(data: bytes) -> Scan | None:
         return _jpeg(data)
     if kind == "png":
         return _png(data)
+    if kind == "webp":
+        return _webp(data)
     return None
 
 
 def tables(kind: str, head: bytes) -> tuple[bytes, ...]:
     """``Scan.tables`` of a view, by the bytes before its scan."""
-    return _jpeg_head(head)[1] if kind == "jpeg" else _png_head(head)[1]
+    return {"jpeg": _jpeg_head, "png": _png_head, "webp": _webp_head}[kind](head)[1]
 
 
 def _jpeg(data: bytes) -> Scan | None:
@@ -118,7 +123,35 @@ def _png_head(data: bytes) -> tuple[list[tuple[int, int]], tuple[bytes, ...], tu
             places.append((body, end))
         elif kind in _PNG_TABLES:
             found.append(data[offset:end])
-        elif kind == _PNG_FILL:
+        elif kind == _CHUNK_FILL:
             said.append(data[body : end - 4])
         offset = end
+    return places, tuple(found), tuple(said)
+
+
+def _webp(data: bytes) -> Scan | None:
+    places, found, said = _webp_head(data)
+    if len(places) != 1:
+        return None
+    start, end = places[0]
+    return Scan("webp", start, end, end, found, said)
+
+
+def _webp_head(data: bytes) -> tuple[list[tuple[int, int]], tuple[bytes, ...], tuple[bytes, ...]]:
+    """Where the data of each picture chunk starts and ends, what else its pixels need, and what the fill says."""
+    places, found, said = [], [], []
+    offset = 12
+    for _ in range(_MOST_PARTS):
+        header = data[offset : offset + 8]
+        kind, body = header[:4], offset + 8
+        end = body + int.from_bytes(header[4:], "little")
+        if len(header) < 8 or end > len(data):
+            break
+        if kind in _WEBP_PICTURES:
+            places.append((body, end))
+        elif kind in _WEBP_TABLES:
+            found.append(data[offset:end])
+        elif kind == _CHUNK_FILL:
+            said.append(data[body:end])
+        offset = end + end % 2
     return places, tuple(found), tuple(said)
