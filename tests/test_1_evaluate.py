@@ -262,6 +262,23 @@ def test_the_grid_has_every_combination_once():
     assert {each.shrink for each in quick.trials if each.scale > 1} == {"bicubic"}
 
 
+def test_results_of_other_code_do_not_count(monkeypatch, tmp_path):
+    choice = grid.Choice(codecs=("esrfs",), presets=("high",))
+    made_by = {grid.plan([picture()], choice).trials[0].grows[0][1]}
+    package = tmp_path / "esrfs"
+    for name in ("compaction", "formats"):
+        (package / name).mkdir(parents=True)
+    for name in ("reconstruction.py", "compaction/planner.py", "formats/jpeg.py"):
+        (package / name).write_text("one")
+    monkeypatch.setattr(grid.esrfs, "__file__", str(package / "__init__.py"))
+    for change in ("two", "three"):
+        (package / "compaction" / "planner.py").write_text(change)
+        grid._own_version.cache_clear()
+        made_by.add(grid.plan([picture()], choice).trials[0].grows[0][1])
+    grid._own_version.cache_clear()
+    assert len(made_by) == 3
+
+
 def test_the_networks_that_are_here_are_all_tried_at_their_scale():
     plan = grid.plan([picture()], grid.Choice(codecs=("jpeg",)))
     found = {grow: each.scale for each in plan.trials for grow, _ in each.grows if grow and grow not in trial.GROWS}

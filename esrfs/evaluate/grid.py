@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from esrfs import __version__
+import esrfs
 from esrfs.compaction.outcome import PRESETS
 from esrfs.evaluate import codecs
 from esrfs.evaluate.measures import MEASURES
@@ -93,10 +95,21 @@ def plan(pictures: Sequence[Picture], choice: Choice) -> Plan:
                         for quality in _qualities(choice, codec, scale)
                     ]
         if store_network is not None:
-            made_by = f"esrfs {__version__}, {store_network.name} {store_network.sha256}"
+            made_by = f"esrfs {_own_version()}, {store_network.name} {store_network.sha256}"
             grows = ((store_network.name, made_by),)
             trials += [Trial(picture, ESRFS, 0, "", preset, grows, choice.measures) for preset in choice.presets]
     return Plan(trials, left_out)
+
+
+@functools.cache
+def _own_version() -> str:
+    """esrfs's, and a digest of the code that compaction's bytes depend on: results of other code don't count."""
+    package = Path(esrfs.__file__).parent
+    sources = [package / "reconstruction.py"]
+    for name in ("blob", "compaction", "formats", "metrics", "networks"):
+        sources += sorted((package / name).glob("*.py"))
+    digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in sources))
+    return f"{esrfs.__version__} ({digest.hexdigest()[:12]})"
 
 
 def _check(what: str, given: Sequence[object], known: Collection[object]) -> None:
