@@ -18,7 +18,7 @@ from PIL import Image
 from esrfs import formats
 from esrfs.blob import recipe as recipe_format
 from esrfs.blob.recipe import JpegXlCoding, Recipe, Verbatim
-from esrfs.formats import jpegxl, kinds
+from esrfs.formats import cells, jpegxl, kinds
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -100,7 +100,7 @@ def decode_small(plan: Plan, avif: bytes) -> Pixels:
     that ``plan`` says."""
     height, width = math.ceil(plan.height / plan.scale), math.ceil(plan.width / plan.scale)
     try:
-        pixels = formats.decode(avif, max_megapixels=width * height / 1e6)
+        pixels = cells.decode(avif, width, height)
     except formats.Unsupported as error:
         raise ReconstructionError(f"the blob's picture can't be decoded: {error.message}") from error
     if pixels.shape == (height, width, 3) and plan.gray:  # An older Pillow decodes gray to RGB.

@@ -29,6 +29,7 @@ from esrfs.compaction import gate, lossless, mosaic, planner
 from esrfs.compaction import outcome as outcome_format
 from esrfs.compaction.outcome import LOSSLESS, Outcome, Policy, Reason, Verdict
 from esrfs.compaction.planner import Curve, Patience, Trial
+from esrfs.formats import cells
 from esrfs.metrics.ssimulacra2 import Reference
 from esrfs.reconstruction import Infer, Plan, ReconstructionError
 
@@ -94,14 +95,15 @@ class _Picture:
     def small(self, scale: int) -> Image.Image:
         """ceil(width / scale) × ceil(height / scale). A side that ``scale`` doesn't divide is continued by its last
         pixels, so that each small pixel stands for ``scale`` × ``scale`` large ones at its place."""
+        if scale == 1:
+            return _image(self.pixels)  # not kept: it is as large as the picture
         if scale not in self._small:
             height, width = self.pixels.shape[:2]
             pixels = self.pixels
             if height % scale or width % scale:
                 pixels = np.pad(pixels, ((0, -height % scale), (0, -width % scale), (0, 0)), mode="edge")
-            image = _image(pixels)
             size = (pixels.shape[1] // scale, pixels.shape[0] // scale)
-            self._small[scale] = image if scale == 1 else image.resize(size, Image.Resampling.BICUBIC)
+            self._small[scale] = _image(pixels).resize(size, Image.Resampling.BICUBIC)
         return self._small[scale]
 
 
@@ -375,7 +377,9 @@ def _image(pixels: Pixels) -> Image.Image:
 
 def encode_avif(image: Image.Image, quality: int, subsampling: str = "4:4:4", speed: int = 6) -> bytes:
     """Encode a picture for a blob; ``quality`` is 0 to 99, ``speed`` libaom's. The bytes don't depend on the machine's
-    number of processors."""
+    number of processors. Large pictures are coded in cells, which bounds the memory."""
+    if cells.is_large(image):
+        return cells.encode(image, lambda cell: encode_avif(cell, quality, subsampling, speed))
     out = io.BytesIO()
     image.save(
         out,

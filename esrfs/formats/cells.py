@@ -1,0 +1,90 @@
+"""Large pictures to AVIF and back, cell by cell (``blob/grid.py``): the codec's memory is that of one cell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+from esrfs.blob import grid
+from esrfs.compaction.outcome import Reason
+from esrfs.formats import pixels as plain
+from esrfs.formats.view import Pixels, Unsupported
+
+WHOLE_MEGAPIXELS = 16.0
+"""Smaller pictures are coded as a whole. (No decoder smoothes edges between cells, and older ffmpeg shows the first
+cell only.)"""
+_CELL_MEGAPIXELS = 8.0
+_ALIGNMENT = 64
+"""Pixels: an AV1 superblock, so that no cell begins within one."""
+
+
+def is_large(image: Image.Image) -> bool:
+    """Whether a picture is to be coded in cells."""
+    return image.width * image.height > WHOLE_MEGAPIXELS * 1e6
+
+
+def encode(image: Image.Image, encode_cell: Callable[[Image.Image], bytes]) -> bytes:
+    """``image`` as an AVIF of cells, each coded by ``encode_cell``."""
+    columns, width, height = _layout(image.width, image.height)
+    cells = [
+        encode_cell(_cell(image, left, top, width, height))
+        for top in range(0, image.height, height)
+        for left in range(0, image.width, width)
+    ]
+    return grid.assemble(cells, columns, image.width, image.height)
+
+
+def _layout(width: int, height: int) -> tuple[int, int, int]:
+    """Columns, and width and height of a cell: nearly square, and as equal as can be."""
+    count = math.ceil(width * height / (_CELL_MEGAPIXELS * 1e6))
+    columns = max(1, round(math.sqrt(count * width / height)))
+    rows = math.ceil(count / columns)
+    cell_width = _aligned(width / columns)
+    return math.ceil(width / cell_width), cell_width, _aligned(height / rows)
+
+
+def _aligned(size: float) -> int:
+    return math.ceil(size / _ALIGNMENT) * _ALIGNMENT
+
+
+def _cell(image: Image.Image, left: int, top: int, width: int, height: int) -> Image.Image:
+    """A part of the picture; beyond its right and lower edge its last pixels go on."""
+    part = np.asarray(image.crop((left, top, min(left + width, image.width), min(top + height, image.height))))
+    lacking = [(0, height - part.shape[0]), (0, width - part.shape[1]), (0, 0)]
+    return Image.fromarray(np.pad(part, lacking[: part.ndim], mode="edge"))
+
+
+def decode(avif: bytes, width: int, height: int) -> Pixels:
+    """The picture (uint8, height × width × 1 or 3, a canvas if it has cells). Raises Unsupported if it is damaged, or
+    larger than that."""
+    parts = grid.take_apart(avif)
+    if parts is None:
+        return plain.decode(avif, width * height / 1e6)
+    if (parts.width, parts.height) != (width, height):
+        raise _damaged(f"its grid is of {parts.width} × {parts.height} pixels, not {width} × {height}")
+    rows = len(parts.cells) // parts.columns
+    limit = (width + _ALIGNMENT) * (height + _ALIGNMENT) / 1e6
+    first = plain.decode(parts.cells[0], limit)
+    high, wide, channels = first.shape
+    if channels not in (1, 3) or not _covers(high, rows, height) or not _covers(wide, parts.columns, width):
+        raise _damaged("its cells don't make its picture")
+    result = plain.canvas(height, width) if channels == 3 else np.empty((height, width, 1), dtype=np.uint8)
+    for number, data in enumerate(parts.cells):
+        cell = plain.decode(data, limit)
+        if cell.shape != first.shape:
+            raise _damaged("its cells are of different kinds")
+        top, left = number // parts.columns * high, number % parts.columns * wide
+        area = result[top : top + high, left : left + wide]
+        area[:] = cell[: area.shape[0], : area.shape[1]]
+    return result
+
+
+def _covers(cell: int, count: int, whole: int) -> bool:
+    return cell * (count - 1) < whole <= cell * count
+
+
+def _damaged(what: str) -> Unsupported:
+    return Unsupported(Reason.BROKEN, f"the picture is damaged: {what}", "avif")
