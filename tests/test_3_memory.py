@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
+import resource
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from esrfs.compaction.outcome import Policy, Reason, Verdict
 from esrfs.engine import filevalue, protocol
+from esrfs.engine.client import Engine, EngineError, EngineSettings
 from esrfs.engine.protocol import ConnectionLostError
+from esrfs.networks import registry
+
+MEBIBYTE = 1 << 20
 
 
 @pytest.fixture
@@ -67,3 +79,54 @@ def test_a_value_closes_its_file() -> None:
     assert copy.read() == b"abc"
     del copy
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+# What the work on a picture takes.
+
+
+@pytest.mark.parametrize(("work", "most"), [("rebuild2", 190), ("rebuild1", 250), ("metric", 155)])
+def test_peaks_of_24_megapixels(work: str, most: int) -> None:
+    """MiB. Another copy of the picture would be 69 more, or 92. ``rebuild2`` doubles an AVIF of one piece, ``rebuild1``
+    decodes one of cells."""
+    command = [sys.executable, "-m", "tests.peaks", work, "6000", "4000"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) / MEBIBYTE < most
+
+
+# When there is not enough.
+
+
+def _photograph(width: int, height: int) -> bytes:
+    out = io.BytesIO()
+    Image.effect_noise((width // 8, height // 8), 40).convert("RGB").resize((width, height)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def test_a_machine_with_too_little_memory() -> None:
+    """The job fails and says so; the engine lives, and does the next one."""
+    weights = registry.find("lite-x2").read_bytes()
+    sha256 = hashlib.sha256(weights).digest()
+    engine = Engine(EngineSettings(device="cpu"), lambda _: weights)
+    try:
+        small = _photograph(160, 120)
+        assert engine.upscale(small, sha256)[:4] == b"\x89PNG"
+        worker = engine._worker
+        assert worker is not None
+        pid = worker.process.pid
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + 100 * MEBIBYTE
+        resource.prlimit(pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+        large = _photograph(7200, 5400)
+        with pytest.raises(EngineError, match="too little memory"):
+            engine.upscale(large, sha256)
+        outcome = engine.compact(large, Policy(), sha256, "lite-x2")
+        assert (outcome.verdict, outcome.reason) == (Verdict.REFUSED, Reason.ERROR)
+        assert "too little memory" in outcome.message
+        resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert engine.upscale(small, sha256)[:4] == b"\x89PNG"
+        assert engine._worker is worker, "the engine lived"
+        assert engine.counters.restarts == 0
+    finally:
+        engine.close()

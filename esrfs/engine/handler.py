@@ -85,6 +85,9 @@ class NetworkHandler:
             )
         except (Cancelled, JobFailedError, DeviceFailedError):
             raise
+        except MemoryError:
+            message = "this machine had too little memory for it; `esrfs compact FILE` tries again"
+            return Outcome(verdict=Verdict.REFUSED, reason=Reason.ERROR, message=message)
         except Exception as error:
             # One picture that esrfs stumbles over is no reason to stop compacting the others.
             log.exception("a compaction failed")
@@ -119,6 +122,8 @@ class NetworkHandler:
             except RuntimeError as error:  # torch's errors are, those of a lost or full accelerator too
                 if self.device != "cpu":
                     raise DeviceFailedError(str(error)) from error
+                if "allocate memory" in str(error):  # torch has no class of its own for that
+                    raise MemoryError(str(error)) from error
                 raise
 
         return infer

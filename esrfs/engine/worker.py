@@ -37,6 +37,8 @@ from esrfs.engine.protocol import ConnectionLostError, Lane
 log = logging.getLogger("esrfs.engine.worker")
 
 _NICENESS = 15
+_LARGE_RESIDENT = 700 << 20
+"""Bytes: more than the work on 12 megapixels leaves."""
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
 
@@ -121,6 +123,7 @@ def serve(connection: Connection, open_handler: Callable[[], Handler]) -> None:
             case _:
                 log.error("the mount doesn't send %s", type(request).__name__)
                 return
+        del payload  # An original would stay in memory until the next message.
 
 
 def _lane(request: protocol.Rebuild | protocol.Compact | protocol.Upscale) -> Lane:
@@ -190,6 +193,8 @@ class _Work:
             log.exception("job %d failed", self.request.job)
             summary = traceback.format_exception_only(error)[-1].strip()
             self._answer(protocol.Failed(job=self.request.job, message=f"an error in esrfs: {summary}"))
+        self.payload = b""
+        _give_memory_back()
 
     def _work(self) -> tuple[protocol.Report, bytes]:
         handler = self.opening.get()
@@ -213,6 +218,15 @@ class _Work:
         self.running.leave()  # Others needn't wait until the answer is sent.
         with contextlib.suppress(ConnectionLostError):  # The main thread sees it too, and ends the process.
             self.connection.send(report, payload)
+
+
+def _give_memory_back() -> None:
+    """What a large picture left in the allocator's hands goes back to the system, unless it is so little that the next
+    job is better off with it."""
+    with open("/proc/self/statm", "rb") as file:
+        resident = int(file.read().split()[1]) * resource.getpagesize()
+    if resident > _LARGE_RESIDENT:
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _leave(status: int) -> None:

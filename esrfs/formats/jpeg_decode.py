@@ -21,11 +21,13 @@ _JFIF = bytes.fromhex("ffe000104a46494600010100000100010000")
 def intact_pixels(data: bytes, structure: Structure) -> Pixels:
     """uint8, height × width × 1 or 3. Raises Unsupported (BROKEN) if the compressed pixels are damaged."""
     tables = [segment.raw for segment in structure.segments if segment.marker in (DQT, DHT, DRI)]
-    scans = data[structure.scan_start : structure.scan_end]
+    scans = memoryview(data)[structure.scan_start : structure.scan_end]
     picture = b"".join((b"\xff\xd8", _JFIF, *tables, structure.frame.raw, structure.sos, scans, b"\xff\xd9"))
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(picture, "GRAY" if structure.mode == "L" else "RGB", strict=True)
     except ValueError as error:
+        if "nsufficient memory" in str(error):  # libjpeg's own words, which simplejpeg takes for damage
+            raise MemoryError(str(error)) from error
         raise _damaged(f"its pixels can't be decoded ({error})") from error
     if pixels.shape[:2] != (structure.height, structure.width):
         raise _damaged("its header contradicts itself")
