@@ -121,7 +121,7 @@ def test_a_machine_with_too_little_memory() -> None:
         large = _photograph(7200, 5400)
         with pytest.raises(EngineError, match="too little memory"):
             engine.upscale(large, sha256)
-        outcome = engine.compact(large, Policy(), sha256, "lite-x2")
+        outcome = engine.compact(large, Policy(), {"lite-x2": sha256})
         assert (outcome.verdict, outcome.reason) == (Verdict.REFUSED, Reason.ERROR)
         assert "too little memory" in outcome.message
         resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
