@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import stat
 import subprocess
 import sys
@@ -11,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from esrfs.compaction.outcome import Outcome, Policy, Reason, Verdict
+from esrfs.compaction.outcome import Outcome, Policy, Reason, Verdict, stored_bytes
 from esrfs.store import initialise, layout, linux, mountpoint
 from esrfs.store.errors import Problem, StoreError
-from esrfs.store.initialise import init, predict
+from esrfs.store.initialise import Predicted, init, predict
 from esrfs.store.layout import RESERVED, open_store
 
 PHOTO = b"\xff\xd8\xff\xe0" + bytes(10_000)
@@ -259,43 +260,69 @@ def test_a_prediction_writes_nothing_and_counts_what_stays(folder):
     before = sorted(folder.rglob("*"))
     asked = []
 
-    def compact(data: bytes) -> Outcome:
-        asked.append(data)
-        if data.endswith(b"b"):
+    def compact(data: bytes, preset: str) -> Outcome:
+        asked.append((data, preset))
+        if data.endswith(b"b") or preset == "faithful":
             return Outcome(verdict=Verdict.REFUSED, reason=Reason.QUALITY)
-        return Outcome(verdict=Verdict.COMPACTED, avif=bytes(700), recipe=bytes(44))
+        return Outcome(verdict=Verdict.COMPACTED, avif=bytes(700), recipe=b"")
 
     seen: list[tuple[int, int]] = []
-    told = predict(str(folder), compact, progress=lambda done, total: seen.append((done, total)))
+    presets = ("faithful", "high")
+    told = predict(str(folder), compact, presets, progress=lambda done, total: seen.append((done, total)))
     assert sorted(folder.rglob("*")) == before
-    assert (told.files, told.candidates, told.sampled, told.compacted) == (3, 2, 2, 1)
+    assert (told.files, told.candidates, told.sampled) == (3, 2, 2)
     assert told.bytes == 50_000 + told.candidate_bytes
-    assert told.predicted_bytes == 50_000 + len(PHOTO) + 1 + 1000
-    assert seen == [(1, 2), (2, 2)]
-    assert len(asked) == 2
+    assert told.presets["faithful"] == Predicted(0, told.bytes)
+    assert told.presets["high"] == Predicted(1, 50_000 + len(PHOTO) + 1 + stored_bytes(bytes(700), b""))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert len(asked) == 4
 
 
 def test_a_prediction_is_drawn_from_a_sample_and_is_the_same_twice(folder):
     for number in range(50):
         (folder / f"{number}.jpg").write_bytes(PHOTO)
 
-    def compact(data: bytes) -> Outcome:
+    def compact(data: bytes, preset: str) -> Outcome:
         return Outcome(verdict=Verdict.COMPACTED, avif=bytes(len(data) // 2))
 
-    told = predict(str(folder), compact, sample=5)
-    assert told == predict(str(folder), compact, sample=5)
+    told = predict(str(folder), compact, ["high"], sample=5)
+    assert told == predict(str(folder), compact, ["high"], sample=5)
     assert (told.sampled, told.candidates) == (5, 52)
-    assert 0.5 < told.predicted_bytes / told.bytes < 0.6
+    assert 0.5 < told.presets["high"].bytes / told.bytes < 0.6
+
+
+def test_a_prediction_of_files_of_all_sizes_is_near(folder):
+    """A few files hold most bytes, and small ones hardly shrink."""
+    rng = random.Random(7)
+    truth = 0
+
+    def stored(size: int) -> int:
+        return int(size * (0.9 if size < 30_000 else 0.15 + 0.2 * (size % 97) / 97))
+
+    for number in range(150):
+        size = int(5000 * 1.04**number) + rng.randrange(1000)
+        (folder / f"{number}.jpg").write_bytes(PHOTO[:16] + bytes(size - 16))
+        truth += stored(size)
+    for name in ("a.jpg", "sub/b.jpg"):
+        (folder / name).unlink()
+
+    def compact(data: bytes, preset: str) -> Outcome:
+        return Outcome(verdict=Verdict.COMPACTED, avif=bytes(stored(len(data))))
+
+    told = predict(str(folder), compact, ["high"])
+    assert told.sampled <= 24
+    saved, predicted = told.bytes - truth, told.bytes - told.presets["high"].bytes
+    assert predicted == pytest.approx(saved, rel=0.05)
 
 
 def test_a_prediction_refuses_what_init_refuses(folder):
     make(folder, ".stfolder/")
     with pytest.raises(StoreError, match="Syncthing"):
-        predict(str(folder), lambda _: Outcome(verdict=Verdict.REFUSED))
+        predict(str(folder), lambda _, __: Outcome(verdict=Verdict.REFUSED), ["high"])
 
 
 def test_a_folder_without_photographs_stays_as_large_as_it_is(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "n.txt").write_bytes(bytes(9000))
-    told = predict(str(tmp_path / "notes"), lambda _: Outcome(verdict=Verdict.REFUSED))
-    assert told.predicted_bytes == told.bytes == 9000
+    told = predict(str(tmp_path / "notes"), lambda _, __: Outcome(verdict=Verdict.REFUSED), ["high"])
+    assert told.presets["high"].bytes == told.bytes == 9000

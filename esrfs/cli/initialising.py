@@ -104,23 +104,27 @@ def _predict(directory: str, policy: Policy, weights: dict[str, bytes]) -> None:
     networks = {name: hashlib.sha256(data).digest() for name, data in weights.items()}
     engine = Engine(EngineSettings(), {networks[name]: data for name, data in weights.items()}.__getitem__)
 
-    def compact(original: bytes) -> Outcome:
-        return engine.compact(original, policy, networks)
+    def compact(original: bytes, preset: str) -> Outcome:
+        return engine.compact(original, msgspec.structs.replace(policy, preset=preset), networks)
 
     try:
         with show.progress("Trying a sample") as advance:
-            found = initialise.predict(directory, compact, progress=lambda done, total: advance(done, total, ""))
+            found = initialise.predict(
+                directory, compact, CHOICES, progress=lambda done, total: advance(done, total, "")
+            )
     finally:
         engine.close()
-    saved = found.bytes - found.predicted_bytes
-    share = f" ({saved / found.bytes:.0%})" if found.bytes else ""
     show.fields(
         [
             ("files", f"{found.files}, {show.size(found.bytes)}"),
-            ("of them JPEG or PNG", f"{found.candidates}, {show.size(found.candidate_bytes)}"),
-            ("tried", f"{found.sampled}; {found.compacted} passed the gate ({policy.preset})"),
-            ("would take", show.size(found.predicted_bytes)),
-            ("would save", f"{show.size(saved)}{share}, after the undo window"),
+            ("of them pictures", f"{found.candidates}, {show.size(found.candidate_bytes)}; {found.sampled} were tried"),
         ]
     )
-    show.line("Nothing was changed.")
+    rows = []
+    for preset, predicted in found.presets.items():
+        saved = found.bytes - predicted.bytes
+        share = f"{saved / found.bytes:.0%}" if found.bytes else ""
+        mark = " (this one)" if preset == policy.preset else ""
+        rows.append([preset + mark, show.size(predicted.bytes), show.size(saved), share, str(predicted.compacted)])
+    show.table(["preset", "would take", "would save", "", "of those tried, shrink"], rows, right=(1, 2, 3, 4))
+    show.line("Space is saved after the undo window. Nothing was changed.")

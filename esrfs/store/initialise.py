@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import operator
 import os
 import random
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from esrfs import faults
-from esrfs.compaction.outcome import Outcome, Policy, Verdict
+from esrfs.compaction.outcome import Outcome, Policy, Verdict, stored_bytes
+from esrfs.formats.identify import HEAD_BYTES, identify
+from esrfs.formats.kinds import COMPACTED
 from esrfs.store import exchange, layout, ledger
 from esrfs.store.errors import Problem, StoreError
 from esrfs.store.layout import RESERVED, StoreConfig
@@ -31,8 +34,6 @@ FAULT_POINTS = ("init.begin", "init.built", "init.store", "init.mountpoint", "in
 
 _NEW = ".esrfs.new"
 _SMALLEST_CANDIDATE = 4096
-_BLOB_OVERHEAD = 256
-"""Bytes that a blob has beside its picture and recipe: box, footer, padding; an upper bound."""
 
 
 @dataclass(frozen=True)
@@ -298,64 +299,102 @@ def is_view(path: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """Under one preset."""
+
+    compacted: int
+    """Files of the sample that would become blobs."""
+    bytes: int
+    """What the whole folder would take."""
+
+
+@dataclass(frozen=True)
 class Prediction:
     files: int
     bytes: int
     candidates: int
-    """Files that begin like a JPEG or a PNG."""
+    """Files of a kind that compaction knows."""
     candidate_bytes: int
     sampled: int
     """Candidates that were compacted, as a trial."""
-    compacted: int
-    """Of these, those that passed the gate."""
-    predicted_bytes: int
-    """What the whole folder would take."""
+    presets: dict[str, Predicted]
 
 
 def predict(
     path: str,
-    compact: Callable[[bytes], Outcome],
+    compact: Callable[[bytes, str], Outcome],
+    presets: Sequence[str],
     *,
-    sample: int = 20,
+    sample: int = 24,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prediction:
-    """What the files below ``path`` would take as a store, by compacting up to ``sample`` of them (nothing is written).
+    """What the files below ``path`` would take as a store, by compacting up to ``sample`` of them under each preset
+    (nothing is written).
 
-    ``compact``: the engine's. ``progress(done, total)`` is called after each trial. The sample is drawn by chance,
-    the same for the same folder. Raises StoreError as :func:`init` would, OSError.
+    ``compact`` is the engine's, of an original and a preset. The sample is drawn by chance, larger files more likely,
+    the same for the same folder. ``progress(done, total)`` is called after each trial. Raises StoreError as
+    :func:`init` would, OSError.
     """
     path = os.path.realpath(path)
     refuse_unsuitable(path)
     files = list(_files(path))
     candidates = [(name, size) for name, size in files if size >= _SMALLEST_CANDIDATE and _looks_compactable(name)]
-    chosen = random.Random(0).sample(candidates, min(sample, len(candidates)))
-    before = after = compacted = 0
-    for number, (name, size) in enumerate(chosen, 1):
+    chosen = _draw(candidates, sample)
+    shares: dict[str, list[float]] = {preset: [] for preset in presets}
+    compacted = dict.fromkeys(presets, 0)
+    weights: list[float] = []
+    for number, (name, size, weight) in enumerate(chosen, 1):
         try:
             with open(name, "rb") as file:
-                outcome = compact(file.read())
+                original = file.read()
         except OSError:
             continue  # gone since, or not readable: it would stay as it is
-        stored = size
-        if outcome.verdict is Verdict.COMPACTED:
-            stored = len(outcome.avif) + len(outcome.recipe) + _BLOB_OVERHEAD
-            compacted += 1
-        before += size
-        after += stored
-        if progress is not None:
-            progress(number, len(chosen))
-    total = sum(size for _, size in files)
-    candidate_bytes = sum(size for _, size in candidates)
-    share = after / before if before else 1.0
-    return Prediction(
-        files=len(files),
-        bytes=total,
-        candidates=len(candidates),
-        candidate_bytes=candidate_bytes,
-        sampled=len(chosen),
-        compacted=compacted,
-        predicted_bytes=round(total - candidate_bytes + candidate_bytes * share),
-    )
+        weights.append(weight)
+        for position, preset in enumerate(presets):
+            outcome = compact(original, preset)
+            stored = size
+            if outcome.verdict is Verdict.COMPACTED:
+                stored = stored_bytes(outcome.avif, outcome.recipe)
+                compacted[preset] += 1
+            shares[preset].append(stored / size)
+            if progress is not None:
+                progress((number - 1) * len(presets) + position + 1, len(chosen) * len(presets))
+    total, candidate_bytes = sum(size for _, size in files), sum(size for _, size in candidates)
+    unknown = candidate_bytes - sum(weights)  # of what could not be read
+    predicted = {
+        preset: Predicted(
+            compacted[preset],
+            round(total - candidate_bytes + unknown + sum(map(operator.mul, weights, shares[preset]))),
+        )
+        for preset in presets
+    }
+    return Prediction(len(files), total, len(candidates), candidate_bytes, len(weights), predicted)
+
+
+def _draw(candidates: list[tuple[str, int]], count: int) -> list[tuple[str, int, float]]:
+    """At most ``count`` files, each with its size and the bytes that it stands for: in all, those of all candidates.
+
+    Sampling with probability proportional to size (systematic, in order of size): bytes are asked for, and a few large
+    files hold most of them. Those that hold more than their part stand for themselves.
+    """
+    rest = sorted(candidates, key=lambda each: (each[1], each[0]))
+    certain: list[tuple[str, int, float]] = []
+    while rest and len(certain) < count and rest[-1][1] * (count - len(certain)) >= sum(size for _, size in rest):
+        name, size = rest.pop()
+        certain.append((name, size, float(size)))
+    if not rest:
+        return certain
+    left = count - len(certain)
+    step = sum(size for _, size in rest) / left
+    marks = [(number + random.Random(0).random()) * step for number in range(left)]
+    drawn: list[tuple[str, int, float]] = []
+    end = 0
+    for name, size in rest:
+        end += size
+        hits = sum(end - size <= mark < end for mark in marks)
+        if hits:
+            drawn.append((name, size, hits * step))
+    return certain + drawn
 
 
 def _files(path: str) -> Iterator[tuple[str, int]]:
@@ -372,7 +411,6 @@ def _files(path: str) -> Iterator[tuple[str, int]]:
 def _looks_compactable(path: str) -> bool:
     try:
         with open(path, "rb") as file:
-            head = file.read(8)
+            return identify(file.read(HEAD_BYTES)) in COMPACTED
     except OSError:
         return False
-    return head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"))
