@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from esrfs import formats, reconstruction
 from esrfs.blob import recipe as recipe_format
@@ -124,6 +124,63 @@ def test_photographs(name: str) -> None:
     assert compact(original) == outcome  # a pure function
     assert outcome.kind == name[: len(outcome.kind)]
     assert recipe.created_by.startswith("esrfs ")
+
+
+def with_text() -> Image.Image:
+    """Small text on a photograph, in one corner: a few tiles among many."""
+    image = skimage_photo("astronaut", (512, 512)).resize((800, 800), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
+    for line in range(16):
+        draw.text((530, 530 + 14 * line), "The quick brown fox, 0123456789 times", fill=(20, 20, 20))
+    return image
+
+
+def grid() -> Image.Image:
+    """Lines of one pixel, dense and coloured: shrinking makes moiré of them."""
+    image = skimage_photo("coffee", (512, 400))
+    draw = ImageDraw.Draw(image)
+    for at in range(256, 512, 3):
+        draw.line((at, 0, at, 255), fill=(250, 250, 250))
+        draw.line((256, at - 256, 511, at - 256), fill=(10, 10, 120))
+    return image
+
+
+def gradient() -> Image.Image:
+    """Dark and very even: banding shows."""
+    ramp = np.linspace(8, 40, 512)[None, :, None] * np.array([1.0, 0.9, 1.2])
+    return Image.fromarray(np.broadcast_to(ramp, (512, 512, 3)).round().astype(np.uint8))
+
+
+def reds() -> Image.Image:
+    """Saturated red beside blue, with detail in red alone: halved chroma smears it."""
+    rng = np.random.default_rng(6)
+    pixels = np.zeros((512, 512, 3), np.uint8)
+    pixels[..., 0] = 200 + rng.integers(-50, 50, (512, 512))
+    pixels[:, 256:] = (10, 10, 220)
+    pixels[::7, 256:] = (230, 10, 10)
+    return Image.fromarray(pixels)
+
+
+TRAPS: dict[str, Callable[[], Image.Image]] = {
+    "text on a photograph": with_text,
+    "fine grid": grid,
+    "noise": lambda: noise(300),
+    "gradient": gradient,
+    "saturated reds": reds,
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+@pytest.mark.parametrize("preset", ["small", "high"])
+def test_no_picture_passes_below_its_bounds(name: str, preset: str) -> None:
+    """Pictures made to break the gate: by one bad part in a good picture, by colour, by what a mosaic may miss."""
+    original = encoded(TRAPS[name](), "PNG")
+    outcome = compact(original, preset)
+    if outcome.verdict == Verdict.COMPACTED:
+        check_blob(original, outcome, preset)
+    else:
+        assert outcome.verdict == Verdict.REFUSED
+        assert outcome.reason in (Reason.QUALITY, Reason.NOT_WORTH_IT, Reason.DOES_NOT_FIT), outcome.message
 
 
 @pytest.mark.parametrize("preset", ["faithful", "balanced", "small"])
