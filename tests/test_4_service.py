@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,45 +27,81 @@ def umount_dead(path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_ready_is_told_when_reads_work_and_stopping_at_the_end(
-    unmounted: Mounted, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copy(photographs / "coffee.jpg", unmounted.store)
+@pytest.fixture
+def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """What a service manager is told."""
     address = tmp_path / "notify"
     monkeypatch.setenv("NOTIFY_SOCKET", str(address))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(address))
-        manager.settimeout(30)
-        unmounted.start()
-        message = manager.recv(4096).decode()
-        assert message.splitlines() == ["READY=1", f"STATUS=shows {unmounted.store}"]
-        assert (unmounted.path / "coffee.jpg").read_bytes() == (photographs / "coffee.jpg").read_bytes()
-        unmounted.stop()
-        assert manager.recv(4096) == b"STOPPING=1"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(str(address))
+        listening.settimeout(30)
+        yield listening
 
 
-def test_a_view_that_can_not_be_listed_is_never_ready(unmounted: Mounted, tmp_path: Path) -> None:
-    """A store whose disk fails: the root can be opened, but not be listed."""
-    broken = tmp_path / "broken.py"
-    broken.write_text(
+def test_ready_is_told_when_reads_work_and_stopping_at_the_end(
+    unmounted: Mounted, photographs: Path, manager: socket.socket
+) -> None:
+    shutil.copy(photographs / "coffee.jpg", unmounted.store)
+    unmounted.start()
+    message = manager.recv(4096).decode()
+    assert message.splitlines() == ["READY=1", f"STATUS=shows {unmounted.store}"]
+    assert (unmounted.path / "coffee.jpg").read_bytes() == (photographs / "coffee.jpg").read_bytes()
+    unmounted.stop()
+    assert manager.recv(4096) == b"STOPPING=1"
+
+
+def broken_mount(mount: Mounted, operation: str) -> list[str]:
+    """A mount of a store on a disk that fails at one operation."""
+    script = mount.store.parent / "broken.py"
+    script.write_text(
         "import errno\n"
         "from esrfs.mount import lifecycle\n"
         "from esrfs.vfs.filesystem import Filesystem\n"
         "def fail(*_):\n"
         "    raise OSError(errno.EIO, 'the disk fails')\n"
-        "Filesystem.opendir = fail\n"
-        f"raise SystemExit(lifecycle.run({str(unmounted.store)!r}, {str(unmounted.path)!r}, ['quiet=3600'], True))\n"
+        f"assert hasattr(Filesystem, {operation!r})\n"
+        f"Filesystem.{operation} = fail\n"
+        f"raise SystemExit(lifecycle.run({str(mount.store)!r}, {str(mount.path)!r}, ['quiet=3600'], True))\n"
     )
-    result = subprocess.run([sys.executable, str(broken)], capture_output=True, text=True, timeout=60, check=False)
+    return [sys.executable, str(script)]
+
+
+def test_a_view_that_can_not_be_listed_is_never_ready(unmounted: Mounted, manager: socket.socket) -> None:
+    command = broken_mount(unmounted, "opendir")
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == ExitCode.MOUNT_FAILED, result.stderr
     assert "can't be read" in result.stderr
     assert not os.path.ismount(unmounted.path)
+    assert manager.recv(4096) == b"STOPPING=1"
 
 
-def test_a_file_that_can_not_be_read_does_not_hold_the_mount_up(unmounted: Mounted) -> None:
-    (unmounted.store / "nobody's").touch(mode=0)
-    unmounted.start()
-    assert os.listdir(unmounted.path) == ["nobody's"]
+def test_a_file_that_can_not_be_read_does_not_hold_the_mount_up(unmounted: Mounted, manager: socket.socket) -> None:
+    (unmounted.store / "damaged").write_text("text")
+    process = subprocess.Popen(broken_mount(unmounted, "open"), stderr=subprocess.DEVNULL)
+    try:
+        assert manager.recv(4096).startswith(b"READY=1")
+        assert os.listdir(unmounted.path) == ["damaged"]
+        with pytest.raises(OSError, match="Input/output error"):
+            (unmounted.path / "damaged").read_text()
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def test_the_journal_gets_the_levels_of_a_mount(unmounted: Mounted) -> None:
+    """What systemd does: the log goes to a socket, whose identity is in the environment."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        st = os.fstat(theirs.fileno())
+        environment = {**os.environ, "JOURNAL_STREAM": f"{st.st_dev}:{st.st_ino}"}
+        command = [*ESRFS, "mount", "--foreground", str(unmounted.store), str(unmounted.path)]
+        process = subprocess.Popen(command, stderr=theirs, env=environment)
+        ours.settimeout(30)
+        try:
+            assert ours.recv(4096).decode().startswith("<6>esrfs.mount: ")
+        finally:
+            process.terminate()
+            process.wait(60)
 
 
 def test_a_mount_lives_with_the_capabilities_that_its_unit_leaves_it(

@@ -43,7 +43,7 @@ def status(
 
 
 def status_of(store: Store, place: Place) -> dict[str, Any]:
-    """What ``esrfs status --json`` prints: a mount's answer, where there is one."""
+    """What ``esrfs status --json`` prints of a store: a mount's answer, where there is one."""
     socket = mounted.find(place, store.config.id)
     counts = control.call(socket, "status") if socket is not None else _status_unmounted(store)
     return {"store": place.store, "mountpoint": place.mountpoint, "preset": store.config.policy.preset, **counts}
