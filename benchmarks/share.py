@@ -20,14 +20,20 @@ from esrfs.networks import loading, registry
 from esrfs.reconstruction import Infer, Pixels
 
 
-def _network(name: str) -> tuple[NetworkRef, Infer]:
-    file = registry.find(name).read_bytes()
-    network = loading.load(file)
+def _networks(family: str) -> tuple[list[NetworkRef], Infer]:
+    loaded = {}
+    references = []
+    for name, path in registry.family(family).items():
+        file = path.read_bytes()
+        network = loading.load(file)
+        sha256 = hashlib.sha256(file).digest()
+        loaded[sha256] = network
+        references.append(NetworkRef(name, sha256, network.scale))
 
     def infer(sha256: bytes, pixels: Pixels) -> Pixels:
-        return tiles.enlarge(network, pixels)
+        return tiles.enlarge(loaded[sha256], pixels)
 
-    return NetworkRef(name, hashlib.sha256(file).digest(), network.scale), infer
+    return references, infer
 
 
 def _why(outcome: Outcome) -> str:
@@ -52,7 +58,7 @@ def main() -> None:
     parser.add_argument("--largest", type=float, default=4.0, help="MiB; larger files are left out")
     arguments = parser.parse_args()
     policy = Policy(preset=arguments.preset)
-    network, infer = _network(policy.network)
+    networks, infer = _networks(policy.network)
     for folder in arguments.folders:
         counts: Counter[tuple[str, str]] = Counter()
         before: Counter[str] = Counter()
@@ -61,7 +67,7 @@ def main() -> None:
             if path.stat().st_size > arguments.largest * 2**20:
                 continue
             data = path.read_bytes()
-            outcome = compactor.compact(data, policy, network, infer)
+            outcome = compactor.compact(data, policy, networks, infer)
             kind = outcome.kind or "no picture"
             counts[kind, _why(outcome)] += 1
             if outcome.verdict is Verdict.COMPACTED:

@@ -28,6 +28,7 @@ from esrfs.engine import tiles
 from esrfs.engine.client import Engine, EngineError, EngineSettings
 from esrfs.engine.protocol import Lane
 from esrfs.networks import loading, registry
+from tests.test_1_png import interlaced
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 Pixels = reconstruction.Pixels
@@ -105,6 +106,15 @@ PICTURES: dict[str, Callable[[], bytes]] = {
     "png, odd sides": lambda: encoded(skimage_photo("rocket", (177, 203)), "PNG"),
     "png gray": lambda: encoded(skimage_photo("camera"), "PNG"),
     "png with alpha": lambda: encoded(with_alpha(skimage_photo("astronaut")), "PNG"),
+    "jpeg progressive": lambda: encoded(skimage_photo("coffee"), "JPEG", quality=92, progressive=True),
+    "png interlaced": lambda: interlaced(encoded(skimage_photo("chelsea"), "PNG")),
+    "png of 256 colours": lambda: encoded(skimage_photo("coffee").quantize(256), "PNG", compress_level=1),
+    "webp": lambda: encoded(skimage_photo("coffee"), "WEBP", quality=95),
+    "webp lossless with alpha": lambda: encoded(with_alpha(skimage_photo("coffee")), "WEBP", lossless=True, exact=True),
+    "tiff LZW": lambda: encoded(skimage_photo("coffee"), "TIFF", compression="tiff_lzw"),
+    "tiff with alpha": lambda: encoded(with_alpha(skimage_photo("coffee")), "TIFF"),
+    "bmp": lambda: encoded(skimage_photo("coffee", (201, 187)), "BMP"),
+    "bmp gray": lambda: encoded(skimage_photo("camera"), "BMP"),
     "png gray with alpha": lambda: encoded(with_alpha(skimage_photo("camera")), "PNG"),
 }
 
