@@ -26,7 +26,7 @@ from esrfs.blob import recipe as recipe_format
 from esrfs.blob.recipe import Recipe
 from esrfs.compaction import compactor, planner
 from esrfs.compaction.compactor import NetworkRef
-from esrfs.compaction.outcome import LOSSLESS, PATIENCES, PRESETS, Policy, Verdict, stored_bytes
+from esrfs.compaction.outcome import CHOICES, LOSSLESS, PATIENCES, Policy, Verdict, stored_bytes
 from esrfs.engine import tiles
 from esrfs.engine.lanes import Crossing
 from esrfs.engine.protocol import Lane
@@ -38,7 +38,7 @@ from esrfs.reconstruction import Pixels
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--preset", choices=PRESETS, default="high")
+    parser.add_argument("--preset", choices=CHOICES, default="high")
     parser.add_argument("--patience", choices=PATIENCES, default="normal")
     parser.add_argument("--network", default="lite")
     parser.add_argument("--plain", action="store_true")

@@ -312,8 +312,8 @@ def test_explain_a_blob(esrfs, store):
     expected = {
         "path": "a.jpg", "state": "blob", "reason": None, "format": "jpeg", "width": 64, "height": 48, "scale": 2,
         "original_bytes": len(original), "stored_bytes": stored, "ratio": round(len(original) / stored, 3),
-        "quality": {"ssimulacra2": 71.5, "worst_tile": 65.0, "psnr": 34.25}, "network": None,
-        "sha256_original": hashlib.sha256(original).hexdigest(),
+        "quality": {"ssimulacra2": 71.5, "worst_tile": 65.0, "psnr": 34.25, "colour": 0.0, "worst_colour": 0.0},
+        "network": None, "sha256_original": hashlib.sha256(original).hexdigest(),
     }  # fmt: skip
     assert {key: found[key] for key in expected} == expected
     assert found["undo_until"]

@@ -131,6 +131,7 @@ def explain(
         f"SSIMULACRA2 {quality.ssimulacra2:.1f}" if quality and quality.ssimulacra2 is not None else "",
         f"worst tile {quality.worst_tile:.1f}" if quality and quality.worst_tile is not None else "",
         f"PSNR {quality.psnr:.1f} dB" if quality and quality.psnr is not None else "",
+        f"colours off by {quality.colour:.1f} (CIEDE2000)" if quality and quality.colour else "",
     ]
     sizes = show.size(explanation.original_bytes)
     if explanation.state == "blob":

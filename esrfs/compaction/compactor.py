@@ -13,7 +13,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import msgspec
@@ -44,10 +44,14 @@ _FIRST_LEVEL = {"faithful": 52, "high": 34, "balanced": 26, "small": 20}
 _HIGHER_WHEN_SMALL = 12
 """By so many levels more must a small picture be encoded, as the network enlarges the codec's noise with it."""
 _FAST = 8
-"""libaom's speed for the mosaic. At one level it scores what speed 6 does on the whole, within a point."""
+"""libaom's speed for the mosaic."""
+_FAST_SCORES_LESS = 0.6
+"""Points, on average, at one level, than what is kept scores."""
 _ENCODER_THREADS = 8
 _WORST_OF_MOSAIC = 2.5
 """Points by which a picture's worst tile scores less than its mosaic's, on average."""
+_SMALL = 2_000_000
+"""Pixels up to which another pass costs little, whatever the patience."""
 _UNSURE = 1.2
 """A way is tried on the whole picture if the mosaic says that it takes at most so much more than what is allowed."""
 
@@ -253,10 +257,12 @@ class _Compaction:
         self._note(scores)
         if sample.pixels is not self.picture.pixels:
             scores = msgspec.structs.replace(scores, worst_tile=scores.worst_tile - _WORST_OF_MOSAIC)
-        return gate.headroom(scores, self.wanted)
+        return gate.headroom(scores, self.wanted) + _FAST_SCORES_LESS
 
     def _carry_out(self, way: _Way, curve: Curve, patience: Patience, allowed: float) -> Outcome:
         """The smallest blob of the whole picture, or why there is none. Raises DoesNotFit, ReconstructionError."""
+        if self.picture.pixels.shape[0] * self.picture.pixels.shape[1] < _SMALL:
+            patience = replace(patience, content=min(patience.content, 1.0))
         best: list[_Result] = []
 
         def attempt(level: int) -> Trial:

@@ -33,6 +33,10 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
     """SSIMULACRA2 of the worst 256×256 tile."""
     psnr: float | None = None
     """dB."""
+    colour: float | None = None
+    """CIEDE2000 between blocks of 16×16 pixels, on average."""
+    worst_colour: float | None = None
+    """The same, which one block in a thousand exceeds."""
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,7 +161,11 @@ def _of_blob(store: Store, path: str, descriptor: int, st: os.stat_result, info:
         network=recipe.network or None,
         codec_quality=recipe.quality,
         quality=Quality(
-            ssimulacra2=recipe.scores.ssimulacra2, worst_tile=recipe.scores.worst_tile, psnr=recipe.scores.psnr
+            ssimulacra2=recipe.scores.ssimulacra2,
+            worst_tile=recipe.scores.worst_tile,
+            psnr=recipe.scores.psnr,
+            colour=recipe.scores.colour,
+            worst_colour=recipe.scores.worst_colour,
         ),
         sha256_original=recipe.sha256_original.hex(),
         sha256_view=recipe.sha256_view.hex(),
@@ -168,7 +176,7 @@ def _of_blob(store: Store, path: str, descriptor: int, st: os.stat_result, info:
 
 
 def attributes(explanation: Explanation) -> dict[str, object]:
-    """The explanation with nothing nested (``ssimulacra2``, ``worst_tile`` and ``psnr`` instead of ``quality``), as the
+    """The explanation with nothing nested (``ssimulacra2``, ``worst_tile`` and so on instead of ``quality``), as the
     attributes ``user.esrfs.NAME`` show it. Values are numbers, text or None."""
     flat: dict[str, object] = msgspec.to_builtins(explanation)
     return {**flat, **(flat.pop("quality") or {})}  # type: ignore[dict-item]  # a struct becomes a dict
