@@ -60,6 +60,10 @@ def rebuild(recipe: Recipe, avif: bytes, infer: Infer) -> bytes:
 
     Raises ReconstructionError, ImplausibleError, and what ``infer`` raises.
     """
+    try:
+        recipe = recipe_format.unfolded(recipe, avif)
+    except ValueError as error:
+        raise ReconstructionError(str(error)) from error
     if isinstance(recipe.coding, Verbatim):
         return recipe_format.expand(recipe.prefix) + recipe_format.expand(recipe.suffix)
     if isinstance(recipe.coding, JpegXlCoding):

@@ -183,11 +183,12 @@ def test_as_a_program():
 
 
 def test_init_tells_what_it_made(esrfs, tmp_path):
-    code, out, _ = esrfs("init", "--preset", "small", "--undo-days", "7", tmp_path / "s")
+    code, out, _ = esrfs("init", "--preset", "small", "--undo-days", "7", "--carry", "full", tmp_path / "s")
     assert code == 0
     assert "preset small, originals kept 7 days" in out
     with open_store(str(tmp_path / "s")) as store:
         assert (store.config.policy.preset, store.config.undo_days) == ("small", 7)
+        assert store.config.policy.carry == "full"
 
 
 def test_init_in_place(esrfs, tmp_path, request):

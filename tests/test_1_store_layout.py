@@ -20,7 +20,7 @@ from esrfs.store.errors import Problem, StoreError
 from esrfs.store.examine import examine
 from esrfs.store.identity import Identity
 from esrfs.store.initialise import init
-from esrfs.store.layout import RESERVED, open_store
+from esrfs.store.layout import RESERVED, format_config, open_store, parse_config
 from esrfs.store.swap import SwapMode, swap_mode
 
 # ---- store.toml
@@ -454,3 +454,13 @@ def test_the_catalog_finds_blobs_by_their_pixels(catalog):
     assert catalog.blobs_of(bytes(32)) == catalog.blobs_of(b"") == []
     catalog.forget(ONE)
     assert catalog.blobs_of(reference) == []
+
+
+def test_what_views_carry_is_one_of_two(tmp_path):
+    made = init(str(tmp_path / "store"))
+    text = format_config(made.config)
+    assert 'carry = "reference"' in text
+    assert parse_config(text.replace('carry = "reference"', 'carry = "full"'), "x").policy.carry == "full"
+    assert parse_config(text.replace('carry = "reference"', ""), "x").policy.carry == "reference"
+    with pytest.raises(StoreError, match="carry = 'all'"):
+        parse_config(text.replace('carry = "reference"', 'carry = "all"'), "x")

@@ -7,9 +7,11 @@ import functools
 import hashlib
 import io
 import struct
+import tempfile
 import time
 import zlib
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,7 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
 from esrfs import formats
+from esrfs.blob import carried, container
 from esrfs.blob import recipe as recipe_format
+from esrfs.blob.carried import Carried
 from esrfs.blob.container import Blob
 from esrfs.blob.recipe import Recipe, Run, Scores
 from esrfs.blob.reference import key_of, reference
@@ -37,7 +41,9 @@ def picture(seed: int = 1) -> Image.Image:
 def stored(kind: str) -> tuple[bytes, Blob]:
     """A view and the blob that it is the view of."""
     out = io.BytesIO()
-    picture().save(out, kind, **({"quality": 97, "exif": b"Exif\0\0" + bytes(40_000)} if kind == "JPEG" else {}))
+    camera = {"quality": 97, "exif": b"Exif\0\0" + bytes(40_000)}
+    options = {"JPEG": camera, "progressive": {**camera, "progressive": True}, "WEBP": camera}
+    picture().save(out, "JPEG" if kind == "progressive" else kind, **options.get(kind, {}))
     original = out.getvalue()
     split = formats.split(original, 10)
     soft = np.asarray(picture().filter(ImageFilter.GaussianBlur(1.2)))
@@ -84,16 +90,22 @@ def took_over(data: bytes, blob: Blob) -> Recipe | None:
     return recipe
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+HEADS = [
+    *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF0000WEBP", b"BM0000" + bytes(4)),
+    *(b"II*\0\x08\0\0\0", b""),
+]
+KINDS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "progressive"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_view_refers_to_its_scan(kind: str) -> None:
     view, blob = stored(kind)
     found = scan.find(view)
     assert found is not None
-    assert any(said.startswith(blob.recipe.reference) for said in found.said)
+    assert any(said.startswith(blob.recipe.reference) for said in found.said) == (kind not in ("BMP", "TIFF"))
     assert found.start == recipe_format.length(blob.recipe.prefix)
     assert found.end <= found.start + blob.recipe.scan_length <= found.fill_end
-    assert found.tables == scan.tables(found.kind, view[: found.start])
-    assert len(found.tables) >= {"JPEG": 5, "PNG": 1, "WEBP": 0}[kind]
+    assert len(found.tables) >= {"JPEG": 5, "progressive": 5, "WEBP": 0}.get(kind, 1)
     if kind == "JPEG":
         structure = jpeg_parse.parse(view)
         assert (found.start, found.end) == (structure.scan_start, structure.scan_end)
@@ -172,7 +184,7 @@ def test_any_envelope_of_a_webp(
 
 
 @settings(deadline=None, max_examples=200)
-@given(kind=st.sampled_from(["JPEG", "PNG", "WEBP"]), place=st.floats(0, 1), change=st.integers(1, 255))
+@given(kind=st.sampled_from(KINDS), place=st.floats(0, 1), change=st.integers(1, 255))
 def test_any_other_scan_or_table_is_not_taken_for_it(kind: str, place: float, change: int) -> None:
     view, blob = stored(kind)
     found = scan.find(view)
@@ -202,22 +214,21 @@ def test_fill_takes_no_room_in_a_recipe() -> None:
 
 
 @settings(deadline=None, max_examples=300)
-@given(
-    head=st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFFabcdWEBP", b""]), rest=st.binary(max_size=400)
-)
+@given(head=st.sampled_from(HEADS), rest=st.binary(max_size=400))
 def test_no_bytes_make_it_fail(head: bytes, rest: bytes) -> None:
     found = scan.find(head + rest)
     assert found is None or found.start <= found.end <= found.fill_end <= len(head + rest)
 
 
 @settings(deadline=None, max_examples=100)
-@given(kind=st.sampled_from(["JPEG", "PNG"]), length=st.floats(0, 1))
+@given(kind=st.sampled_from(KINDS), length=st.floats(0, 1))
 def test_cut_files(kind: str, length: float) -> None:
     view, blob = stored(kind)
     found = scan.find(view)
     assert found is not None
     cut = int(length * len(view))
-    assert (took_over(view[:cut], blob) is not None) == (cut >= found.end + 2 and scan.find(view[:cut]) is not None)
+    whole = len(view) if kind == "TIFF" else found.fill_end + (2 if found.kind == "jpeg" else 0)
+    assert (took_over(view[:cut], blob) is not None) == (cut >= whole)
 
 
 @pytest.mark.parametrize(
@@ -228,9 +239,107 @@ def test_cut_files(kind: str, length: float) -> None:
         b"\xff\xd8" + segment(0xFE, b"") * 1_000_000,
         b"\x89PNG\r\n\x1a\n" + chunk(b"esRF", b"") * 300_000,
         b"RIFFabcdWEBP" + riff_chunk(b"esRF", b"") * 300_000,
+        b"RIFF0000WEBP" + b"esRF" * 1_000_000,
+        b"RIFF0000WEBP" + bytes(3_000_000),
     ],
 )
 def test_crafted_files_take_no_long_time(data: bytes) -> None:
     begin = time.process_time()
     assert scan.find(data) is None
     assert time.process_time() - begin < 1.0
+
+
+# The whole blob in the fill.
+
+
+@functools.cache
+def carrying(avif: bytes) -> tuple[bytes, Carried]:
+    """A JPEG view with much room, that carries its blob."""
+    out = io.BytesIO()
+    noisy = np.random.default_rng(5).normal(128, 25, (600, 800, 3)).clip(0, 255).astype(np.uint8)
+    Image.fromarray(noisy).save(out, "JPEG", quality=95, subsampling="4:4:4")
+    split = formats.split(out.getvalue(), 10)
+    made = []
+
+    def note(coding: recipe_format.Coding, data: bytes) -> bytes:
+        assert isinstance(coding, recipe_format.JpegCoding)
+        made[:] = [
+            Carried(
+                width=800,
+                height=600,
+                preset="high",
+                scale=2,
+                network="n",
+                network_sha256=b"n" * 32,
+                quality=50,
+                subsampling="4:4:4",
+                coding=coding,
+                avif=avif,
+            )
+        ]
+        return reference(KEY, data) + carried.encode(made[0])
+
+    soft = np.asarray(picture().resize((800, 600)).filter(ImageFilter.GaussianBlur(4)))
+    return formats.fit_view(split, soft, note).expand(), made[0]
+
+
+@pytest.mark.parametrize("length", [100, 5000, 65_000, 66_000, 90_000])
+def test_a_view_carries_its_blob_and_its_recipe_does_not(length: int) -> None:
+    avif = np.random.default_rng(length).bytes(length)
+    view, was = carrying(avif)
+    found = scan.find(view)
+    assert found is not None
+    assert carried.find(found.said) == was
+    outcome = homecoming.carried_by(view, found, b"r" * 32)
+    assert outcome is not None
+    assert outcome.avif == avif
+    assert len(outcome.recipe) < len(view) - (found.end - found.start) - len(avif) * 0.9, "folded"
+    recipe = recipe_format.decode(outcome.recipe)
+    whole = recipe_format.unfolded(recipe, avif)
+    scan_bytes = view[found.start :][: recipe.scan_length]
+    assert recipe_format.expand(whole.prefix) + scan_bytes + recipe_format.expand(whole.suffix) == view
+    packed = container.pack(avif, outcome.recipe, bytes(16), bytes(32))
+    assert container.unpack(packed).recipe == whole
+    with tempfile.TemporaryFile() as file:
+        file.write(packed)
+        file.flush()
+        assert container.read_recipe(file.fileno(), len(packed)) == whole
+
+
+def test_what_is_carried_names_no_file() -> None:
+    """Nothing of the envelope, of the store, of a person."""
+    assert set(Carried.__struct_fields__) == {
+        *("version", "width", "height", "preset", "scale", "network", "network_sha256", "quality", "subsampling"),
+        *("coding", "avif"),
+    }
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_folding_is_undone(data: st.DataObject) -> None:
+    avif = data.draw(st.binary(max_size=400))
+    parts = data.draw(st.lists(st.one_of(st.binary(max_size=100), st.tuples(st.integers(0, 400), st.integers(0, 400)))))
+    spans: list[recipe_format.Span] = []
+    for part in parts:
+        spans.append(
+            Run(0, len(part)) if isinstance(part, bytes) and len(part) % 3 == 0 else recipe_format.Literal(b"x")
+        )
+        spans.append(recipe_format.Literal(avif[part[0] : part[0] + part[1]] if isinstance(part, tuple) else part))
+    recipe = msgspec.structs.replace(stored("JPEG")[1].recipe, prefix=spans)
+    folded = recipe_format.folded(recipe, avif)
+    assert recipe_format.length(folded.prefix) == recipe_format.length(spans)
+    whole = recipe_format.unfolded(folded, avif)
+    assert recipe_format.expand(whole.prefix) == recipe_format.expand(spans)
+    if folded.own:
+        with pytest.raises(ValueError, match="fit together"):
+            recipe_format.unfolded(folded, b"")
+
+
+@settings(deadline=None, max_examples=100)
+@given(body=st.binary(max_size=200), cut=st.integers(0, 60))
+def test_crafted_notes_carry_nothing(body: bytes, cut: int) -> None:
+    assert carried.find([bytes(32) + b"esrfblob" + len(body).to_bytes(4, "big") + body]) is None
+    view, _ = carrying(b"x" * 300)
+    found = scan.find(view)
+    assert found is not None
+    assert carried.find([found.said[0][: cut * 10]]) is None

@@ -187,7 +187,8 @@ def read_recipe(fd: int, size: int, footer: Footer | None = None) -> Recipe | No
     if footer is None:
         return None
     start = size - footer.box_length
-    return _decode(_payload(_read_exactly(fd, start, footer.box_length), footer))
+    payload = _payload(_read_exactly(fd, start, footer.box_length), footer)
+    return _decode(payload, lambda: _read_exactly(fd, 0, start))
 
 
 def unpack(data: bytes) -> Blob:
@@ -209,7 +210,7 @@ def unpack(data: bytes) -> Blob:
         start, footer = found
         avif = data
     recipe_bytes = _payload(data[start : start + footer.box_length], footer)
-    return Blob(avif, _decode(recipe_bytes), recipe_bytes, footer.store_id)
+    return Blob(avif, _decode(recipe_bytes, lambda: avif), recipe_bytes, footer.store_id)
 
 
 def find_by_walk(fd: int, size: int) -> Footer | None:
@@ -258,9 +259,10 @@ def _payload(box: bytes, footer: Footer) -> bytes:
     raise BlobDamaged("the blob's recipe can't be decompressed")
 
 
-def _decode(recipe_bytes: bytes) -> Recipe:
+def _decode(recipe_bytes: bytes, picture: Callable[[], bytes]) -> Recipe:
     try:
-        return recipe_format.decode(recipe_bytes)
+        recipe = recipe_format.decode(recipe_bytes)
+        return recipe_format.unfolded(recipe, picture()) if recipe.own else recipe
     except ValueError as error:
         raise BlobDamaged(f"the blob's recipe can't be read: {error}") from error
 

@@ -138,6 +138,19 @@ PictureCoding = JpegCoding | PngCoding | WebpCoding | TiffCoding | BmpCoding
 Coding = PictureCoding | Verbatim | JpegXlCoding
 
 
+class Own(msgspec.Struct, frozen=True):
+    """Bytes of the view that are the blob's own picture's; the prefix has a run of zeros in their place."""
+
+    at: int
+    """Offset in the view."""
+    start: int
+    """Offset in the picture."""
+    count: int
+
+
+_LEAST_OWN = 64
+
+
 class Scores(msgspec.Struct, frozen=True):
     """What the gate measured on the encoded view against the original's pixels."""
 
@@ -189,11 +202,65 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     blobs of format 1."""
     note: str = ""
     """For people: why nothing of it may be lost, where that is so though the policy allows it."""
+    own: list[Own] = []
+    """Where the view carries its blob (``carried.py``); empty once a blob was read (``unfolded``)."""
 
 
 def kind_of(coding: Coding) -> str:
     """Of a picture's coding: its kind, as ``formats.kinds`` lists it; else the coding's tag."""
     return "jpeg" if isinstance(coding, JpegXlCoding) else str(coding.__struct_config__.tag)
+
+
+def folded(recipe: Recipe, picture: bytes) -> Recipe:
+    """``recipe`` with what its prefix holds of ``picture`` taken out, to be put in again by :func:`unfolded`."""
+    spans: list[Span] = []
+    own: list[Own] = []
+    at = taken = 0
+    for span in recipe.prefix:
+        rest = span.data if isinstance(span, Literal) else b""
+        while len(picture) - taken >= _LEAST_OWN and len(rest) >= _LEAST_OWN:
+            start = rest.find(picture[taken : taken + _LEAST_OWN])
+            if start < 0:
+                break
+            count = _common(rest[start:], picture[taken:])
+            spans += [Literal(rest[:start]), Run(0, count)] if start else [Run(0, count)]
+            own.append(Own(at + start, taken, count))
+            at, taken, rest = at + start + count, taken + count, rest[start + count :]
+        if rest or not isinstance(span, Literal):
+            spans.append(Literal(rest) if isinstance(span, Literal) else span)
+            at += length(spans[-1:])
+    return msgspec.structs.replace(recipe, prefix=spans, own=own) if own else recipe
+
+
+def unfolded(recipe: Recipe, picture: bytes) -> Recipe:
+    """``recipe`` with the picture's bytes in its prefix. Raises ValueError if it has no place for them."""
+    if not recipe.own:
+        return recipe
+    own = {each.at: each for each in recipe.own}
+    spans: list[Span] = []
+    at = 0
+    for span in recipe.prefix:
+        each = own.pop(at, None) if isinstance(span, Run) else None
+        data = picture[each.start : each.start + each.count] if each is not None else b""
+        at += length([span])
+        if each is not None and (len(data) != each.count or not isinstance(span, Run) or span.count != each.count):
+            raise ValueError("the recipe's prefix and its picture don't fit together")
+        spans.append(span if each is None else Literal(data))
+    if own:
+        raise ValueError("the recipe's prefix has no place for its picture")
+    return msgspec.structs.replace(recipe, prefix=spans, own=[])
+
+
+def _common(one: bytes, other: bytes) -> int:
+    """How many bytes at their beginning are the same."""
+    same, differs = 0, min(len(one), len(other)) + 1
+    while differs - same > 1:
+        middle = (same + differs) // 2
+        if one[same:middle] == other[same:middle]:
+            same = middle
+        else:
+            differs = middle
+    return same
 
 
 def length(spans: list[Span]) -> int:

@@ -13,7 +13,7 @@ import typer
 
 from esrfs.cli import show
 from esrfs.cli.show import CommandError
-from esrfs.compaction.outcome import CHOICES, LOSSLESS, PATIENCES, PRESETS, Outcome, Policy
+from esrfs.compaction.outcome import CARRIES, CHOICES, LOSSLESS, PATIENCES, PRESETS, Outcome, Policy
 from esrfs.engine.client import Engine, EngineSettings
 from esrfs.exit_codes import ExitCode
 from esrfs.networks import registry
@@ -26,6 +26,8 @@ Patience = enum.StrEnum("Patience", {name: name for name in PATIENCES})  # type:
 _DEFAULT = Policy()
 _PATIENCE = Patience(_DEFAULT.patience)
 _PRESET = Preset(_DEFAULT.preset)
+Carry = enum.StrEnum("Carry", {name: name for name in CARRIES})  # type: ignore[misc]
+_CARRY = Carry(_DEFAULT.carry)
 _SCORES = ", ".join(f"{name} {score:g}" for name, (score, _) in PRESETS.items()) + f", {LOSSLESS} 100"
 
 
@@ -62,6 +64,13 @@ def init(
     patience: Annotated[
         Patience, typer.Option(help="Time that compaction spends on each picture for fewer bytes.")
     ] = _PATIENCE,
+    carry: Annotated[
+        Carry,
+        typer.Option(
+            help="full: a photograph carries what it is stored as, where there is room, so that another store need not "
+            "make it again. A program that keeps what it does not know ships that, too, even when it crops."
+        ),
+    ] = _CARRY,
     undo_days: Annotated[int, typer.Option(min=0, help="Days that originals can be brought back.")] = 30,
 ) -> None:
     """Make a directory a store. No photograph is touched: that begins when the store is mounted.
@@ -71,7 +80,7 @@ def init(
     if exclusive and layout.is_store(directory) and not dry_run:
         _make_exclusive(directory)
         return
-    policy = Policy(preset=preset.value, network=network, patience=patience.value)
+    policy = Policy(preset=preset.value, network=network, patience=patience.value, carry=carry.value)
     try:
         weights = {name: path.read_bytes() for name, path in registry.family(network).items()}
     except WeightsError as error:

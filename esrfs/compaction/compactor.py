@@ -22,8 +22,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from esrfs import __version__, formats, reconstruction
+from esrfs.blob import carried
 from esrfs.blob import recipe as recipe_format
-from esrfs.blob.recipe import Coding, Recipe, Scores
+from esrfs.blob.carried import Carried
+from esrfs.blob.recipe import Coding, JpegXlCoding, Recipe, Scores, Verbatim
 from esrfs.blob.reference import reference
 from esrfs.compaction import gate, lossless, mosaic, planner
 from esrfs.compaction import outcome as outcome_format
@@ -284,7 +286,7 @@ class _Compaction:
         avif = encode_avif(self.picture.small(way.scale), planner.quality(level), way.subsampling, speed)
         pixels = self._rebuild(self.picture, way, avif)
         self.checkpoint()
-        fitted = formats.fit_view(self.split, pixels, self._note_for_fill)
+        fitted = formats.fit_view(self.split, pixels, functools.partial(self._note_for_fill, way, level, avif))
         again = formats.encode_scan(fitted.coding, self.split.width, self.split.height, pixels, len(fitted.scan))
         del pixels  # large
         if again != fitted.scan:
@@ -327,7 +329,7 @@ class _Compaction:
         if len(result.view) != len(self.original):
             message = "its view would not be of the original's size; please report this with the picture"
             return _refused(Reason.ERROR, message, self.split, self.best_score)
-        encoded = recipe_format.encode(recipe)
+        encoded = recipe_format.encode(recipe_format.folded(recipe, result.avif))
         stored = outcome_format.stored_bytes(result.avif, encoded)
         if stored > allowed:
             message = f"it would take {stored:,} bytes of {len(self.original):,}, which saves too little"
@@ -352,8 +354,25 @@ class _Compaction:
     def _reference(self, scan: bytes) -> bytes:
         return reference(self.reference_key, scan) if self.reference_key else b""
 
-    def _note_for_fill(self, coding: Coding, scan: bytes) -> bytes:
-        return self._reference(scan)
+    def _note_for_fill(self, way: _Way, level: int, avif: bytes, coding: Coding, scan: bytes) -> bytes:
+        """See ``formats.Note``."""
+        said = self._reference(scan)
+        if said and self.policy.carry == "full" and not isinstance(coding, Verbatim | JpegXlCoding):
+            said += carried.encode(
+                Carried(
+                    width=self.split.width,
+                    height=self.split.height,
+                    preset=self.policy.preset,
+                    scale=way.scale,
+                    network=way.network.name if way.network else "",
+                    network_sha256=way.network.sha256 if way.network else b"",
+                    quality=planner.quality(level),
+                    subsampling=way.subsampling,
+                    coding=coding,
+                    avif=avif,
+                )
+            )
+        return said
 
     def _note(self, scores: Scores) -> None:
         self.best_score = max(self.best_score if self.best_score is not None else -math.inf, scores.ssimulacra2)

@@ -15,15 +15,55 @@ import re
 import msgspec
 
 from esrfs import __version__
+from esrfs.blob import carried as carried_format
 from esrfs.blob import recipe as recipe_format
 from esrfs.blob.container import Blob
-from esrfs.blob.recipe import Literal, Recipe, Run, Span
+from esrfs.blob.recipe import Literal, Recipe, Run, Scores, Span
 from esrfs.compaction.outcome import Outcome, Verdict
 from esrfs.formats import scan as scans
 from esrfs.formats.scan import Scan
 
 _RUN = re.compile(rb"\x00{256,}|\xff{256,}")
 """Fill; shorter runs are not worth a span."""
+_UNCHANGED = Scores(100.0, 100.0, 99.0)
+"""The view is the file as it was written. What it lost before is between it and another store."""
+
+
+def carried_by(data: bytes, found: Scan, reference: bytes) -> Outcome | None:
+    """A blob for the file ``data``, whose scan is ``found``, out of what its fill carries; ``reference`` is the scan's.
+    None if it carries nothing.
+
+    It is not to be trusted: whether the file is the view of this blob, to the bit, only its reconstruction tells.
+    """
+    carried = carried_format.find(found.said)
+    if carried is None:
+        return None
+    # The pinned length leaves room for other hardware, as at compaction, as far as there is fill.
+    scan = found.end - found.start
+    length = min(scan + scan // 64 + 64, found.fill_end - found.start)
+    digest = hashlib.sha256(data).digest()
+    recipe = Recipe(
+        width=carried.width,
+        height=carried.height,
+        original_size=len(data),
+        sha256_original=digest,
+        sha256_view=digest,
+        preset=carried.preset,
+        scale=carried.scale,
+        network=carried.network,
+        network_sha256=carried.network_sha256,
+        quality=carried.quality,
+        subsampling=carried.subsampling,
+        coding=carried.coding,
+        prefix=spans(data[: found.start]),
+        scan_length=length,
+        suffix=spans(data[found.start + length :]),
+        encoder="another store's",
+        scores=_UNCHANGED,
+        created_by=f"esrfs {__version__}",
+        reference=reference,
+    )
+    return _outcome(recipe, carried.avif, found.kind, "the view carried its blob, which was taken over as it is")
 
 
 def take_over(data: bytes, found: Scan, blob: Blob) -> Outcome | None:
@@ -47,12 +87,16 @@ def take_over(data: bytes, found: Scan, blob: Blob) -> Outcome | None:
     )
     if _sha256(recipe, memoryview(data)[found.start : end]) != digest:
         return None
+    return _outcome(recipe, blob.avif, found.kind, "its pixels are those of a view: the blob was taken over as it is")
+
+
+def _outcome(recipe: Recipe, avif: bytes, kind: str, message: str) -> Outcome:
     return Outcome(
         verdict=Verdict.COMPACTED,
-        message="its pixels are those of a view: the blob was taken over as it is",
-        recipe=recipe_format.encode(recipe),
-        avif=blob.avif,
-        kind=found.kind,
+        message=message,
+        recipe=recipe_format.encode(recipe_format.folded(recipe, avif)),
+        avif=avif,
+        kind=kind,
         width=recipe.width,
         height=recipe.height,
         score=recipe.scores.ssimulacra2,
@@ -75,19 +119,18 @@ def spans(data: bytes) -> list[Span]:
 
 def _is_its_scan(data: bytes, found: Scan, old: Recipe) -> bool:
     """The recipe pins its whole view by sha256: with this scan in it, it must be that view."""
+    fill = old.scan_length - (found.end - found.start)
+    if fill < 0:
+        return False
     scan = memoryview(data)[found.start : found.end]
-    fill = old.scan_length - len(scan)
-    return (
-        fill >= 0
-        and _sha256(old, scan, fill) == old.sha256_view
-        and found.tables == scans.tables(found.kind, recipe_format.expand(old.prefix))
-    )
+    view = b"".join((recipe_format.expand(old.prefix), scan, b"\xff" * fill, recipe_format.expand(old.suffix)))
+    was = scans.find(view) if hashlib.sha256(view).digest() == old.sha256_view else None
+    return was is not None and (was.kind, was.tables) == (found.kind, found.tables)
 
 
-def _sha256(recipe: Recipe, scan: memoryview, fill: int = 0) -> bytes:
-    """Of the recipe's view, if this, and ``fill`` bytes of FF, is its scan."""
+def _sha256(recipe: Recipe, scan: memoryview) -> bytes:
+    """Of the recipe's view, if this is its scan."""
     state = hashlib.sha256(recipe_format.expand(recipe.prefix))
     state.update(scan)
-    state.update(b"\xff" * fill)
     state.update(recipe_format.expand(recipe.suffix))
     return state.digest()

@@ -23,6 +23,9 @@ PATIENCES = ("low", "normal", "high", "endless")
 """What each means: ``planner.PATIENCE``."""
 
 
+CARRIES = ("reference", "full")
+
+
 class Policy(msgspec.Struct, frozen=True):
     """What the owner of the store asks for."""
 
@@ -38,6 +41,8 @@ class Policy(msgspec.Struct, frozen=True):
     """The same for blobs that give the original back bit for bit."""
     max_megapixels: float = 200.0
     """Larger pictures are left alone: a bound on memory, and against decompression bombs."""
+    carry: str = "reference"
+    """What a view's fill holds of its blob, one of CARRIES: ``full`` is the whole, for other stores."""
 
 
 class Verdict(enum.StrEnum):

@@ -7,11 +7,14 @@ has views which don't come home; they are compacted anew.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 
 from esrfs.blob.reference import without_fill
+from esrfs.formats import tiff_parse
 from esrfs.formats.identify import identify
+from esrfs.formats.view import Unsupported
 
 _ENDS_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
 _JPEG_TABLES = frozenset({*range(0xC0, 0xD0), 0xDB, 0xDD})
@@ -23,6 +26,7 @@ _CHUNK_FILL = b"esRF"
 _PNG_TABLES = (b"IHDR", b"PLTE", b"tRNS")
 _WEBP_PICTURES = (b"VP8 ", b"VP8L")
 _WEBP_TABLES = (b"ALPH",)
+_BMP_FILE_HEADER = 14
 _MOST_PARTS = 1 << 16
 """Segments, chunks or scans that are looked at: more are none that a view has."""
 
@@ -52,12 +56,11 @@ def find(data: bytes) -> Scan | None:
         return _png(data)
     if kind == "webp":
         return _webp(data)
+    if kind == "tiff":
+        return _tiff(data)
+    if kind == "bmp":
+        return _bmp(data)
     return None
-
-
-def tables(kind: str, head: bytes) -> tuple[bytes, ...]:
-    """``Scan.tables`` of a view, by the bytes before its scan."""
-    return {"jpeg": _jpeg_head, "png": _png_head, "webp": _webp_head}[kind](head)[1]
 
 
 def _jpeg(data: bytes) -> Scan | None:
@@ -155,3 +158,33 @@ def _webp_head(data: bytes) -> tuple[list[tuple[int, int]], tuple[bytes, ...], t
             said.append(data[body:end])
         offset = end + end % 2
     return places, tuple(found), tuple(said)
+
+
+def _tiff(data: bytes) -> Scan | None:
+    """There is no fill. Programs that write metadata move the strips; they are known again if they stay together."""
+    try:
+        structure = tiff_parse.parse(data)
+    except Unsupported:
+        return None
+    order = sorted(structure.parts)
+    start, end = order[0][0], sum(order[-1])
+    if end <= start:
+        return None
+    moved = [(offset - start, length) for offset, length in structure.parts]
+    said = repr(dataclasses.replace(structure, parts=moved)).encode()
+    return Scan("tiff", start, end, end, (said,), ())
+
+
+def _bmp(data: bytes) -> Scan | None:
+    """There is neither fill nor anybody who rewrites what is around the pixels; but there are copies."""
+    start = int.from_bytes(data[10:14], "little")
+    if int.from_bytes(data[14:18], "little") == 12:
+        width, height = (int.from_bytes(data[at : at + 2], "little") for at in (18, 20))
+        bits = int.from_bytes(data[24:26], "little")
+    else:
+        width, height = (int.from_bytes(data[at : at + 4], "little", signed=True) for at in (18, 22))
+        bits = int.from_bytes(data[28:30], "little")
+    end = start + (width * bits + 31) // 32 * 4 * abs(height)
+    if not _BMP_FILE_HEADER < start < end <= len(data):
+        return None
+    return Scan("bmp", start, end, end, (data[_BMP_FILE_HEADER:start],), ())

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from esrfs.compaction.outcome import CHOICES, PATIENCES, Policy
+from esrfs.compaction.outcome import CARRIES, CHOICES, PATIENCES, Policy
 from esrfs.store import ledger
 from esrfs.store.errors import Problem, StoreError
 from esrfs.store.ledger import Ledger
@@ -116,6 +116,9 @@ patience = {patience}  # low, normal, high, endless: time spent on each picture 
 min_saving = {min_saving}  # a file is left alone unless it shrinks by at least this share
 min_saving_lossless = {min_saving_lossless}  # the same where it comes back bit for bit
 max_megapixels = {max_megapixels}
+# full: where there is room, a photograph carries what it is stored as, so that another store need not make it again. An
+# editor that keeps what it does not know then ships that, too, even of a picture that was cropped.
+carry = {carry}  # reference, full
 
 [probe]  # what `esrfs init` found the filesystem able to do
 exchange = {exchange}
@@ -158,6 +161,11 @@ def parse_config(text: str, where: str) -> StoreConfig:
     if config.policy.preset not in CHOICES:
         raise StoreError(
             f"{where} asks for the preset {config.policy.preset!r}, which is none of {', '.join(CHOICES)}. Correct it.",
+            Problem.DAMAGED,
+        )
+    if config.policy.carry not in CARRIES:
+        raise StoreError(
+            f"{where} says carry = {config.policy.carry!r}, which is none of {', '.join(CARRIES)}. Correct it.",
             Problem.DAMAGED,
         )
     return config

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from esrfs.blob import container
 from esrfs.blob import reference as references
@@ -31,9 +32,18 @@ _LARGEST = 1 << 28
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-def take_over(store: Store, catalog: Catalog, descriptor: int, size: int) -> Outcome | None:
-    """A blob of this store for the file of ``size`` bytes that is open as ``descriptor``, without a second loss; None
-    if its pixels are none of this store's. (Should the file change meanwhile, the outcome is one for other bytes.)
+@dataclass(frozen=True)
+class Recognised:
+    """A blob for a file, without a second loss."""
+
+    outcome: Outcome
+    trusted: bool
+    """False: another store's, to be rebuilt and compared first."""
+
+
+def recognise(store: Store, catalog: Catalog, descriptor: int, size: int) -> Recognised | None:
+    """What the file of ``size`` bytes that is open as ``descriptor`` is known as; None if its pixels are new. (Should
+    the file change meanwhile, the outcome is one for other bytes.)
 
     Raises OSError.
     """
@@ -46,8 +56,11 @@ def take_over(store: Store, catalog: Catalog, descriptor: int, size: int) -> Out
     for blob in _blobs(store, catalog, reference, len(data)):
         outcome = homecoming.take_over(data, found, blob)
         if outcome is not None:
-            return outcome
-    return None
+            return Recognised(outcome, trusted=True)
+    carried = homecoming.carried_by(data, found, reference)
+    if carried is None or len(carried.avif) >= size:
+        return None
+    return Recognised(carried, trusted=False)
 
 
 def _blobs(store: Store, catalog: Catalog, reference: bytes, size: int) -> Iterator[Blob]:
