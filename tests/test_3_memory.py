@@ -7,20 +7,24 @@ import io
 import os
 import resource
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from esrfs.compaction import compactor
 from esrfs.compaction.outcome import Policy, Reason, Verdict
-from esrfs.engine import filevalue, protocol
+from esrfs.engine import filevalue, protocol, room
 from esrfs.engine.client import Engine, EngineError, EngineSettings
 from esrfs.engine.protocol import ConnectionLostError
 from esrfs.networks import registry
+from esrfs.reconstruction import Pixels
 
 MEBIBYTE = 1 << 20
 
@@ -122,7 +126,7 @@ def test_a_machine_with_too_little_memory() -> None:
         with pytest.raises(EngineError, match="too little memory"):
             engine.upscale(large, sha256)
         outcome = engine.compact(large, Policy(), {"lite-x2": sha256})
-        assert (outcome.verdict, outcome.reason) == (Verdict.REFUSED, Reason.ERROR)
+        assert (outcome.verdict, outcome.reason) == (Verdict.REFUSED, Reason.NO_MEMORY)
         assert "too little memory" in outcome.message
         resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         assert engine.upscale(small, sha256)[:4] == b"\x89PNG"
@@ -130,3 +134,80 @@ def test_a_machine_with_too_little_memory() -> None:
         assert engine.counters.restarts == 0
     finally:
         engine.close()
+
+
+def test_compaction_waits_for_memory() -> None:
+    """It knows what it takes, and doesn't begin: the kernel would end the engine, or another program."""
+    original = _photograph(640, 480)
+    outcome = compactor.compact(original, Policy(), [], _no_network, room=400e6)
+    assert (outcome.verdict, outcome.reason) == (Verdict.REFUSED, Reason.NO_MEMORY)
+    assert "0.4 GB of memory" in outcome.message
+    assert outcome.width == 640
+
+
+def _no_network(sha256: bytes, pixels: Pixels) -> Pixels:
+    raise AssertionError("nothing is enlarged")
+
+
+def test_room_is_that_of_the_system_and_of_the_unit(tmp_path: Path) -> None:
+    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
+    assert room.available(proc, cgroups) == float("inf")
+    assert 0 < room.available() < float("inf")
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 5000 kB\nSwapFree: 1000 kB\n")
+    assert room.available(proc, cgroups) == 6000 * 1024
+    unit = cgroups / "system.slice" / "esrfs.service"
+    unit.mkdir(parents=True)
+    (proc / "self" / "cgroup").write_text("0::/system.slice/esrfs.service\n")
+    assert room.available(proc, cgroups) == 6000 * 1024
+    (unit / "memory.max").write_text("max\n")
+    (unit.parent / "memory.max").write_text("3000000\n")
+    (unit.parent / "memory.current").write_text("2000000\n")
+    (unit.parent / "memory.stat").write_text("anon 7\ninactive_file 500000\n")
+    assert room.available(proc, cgroups) == 1_500_000
+
+
+# Pictures that claim to be large.
+
+
+def _png(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(50_000_000), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def _jpeg(width: int, height: int) -> bytes:
+    data = bytearray(_photograph(64, 64))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (_png(60_000, 60_000), Reason.TOO_LARGE),
+        (_png(14_000, 14_000), Reason.BROKEN),  # within the limit, but most of it is missing
+        (_png(100, 100), Reason.BROKEN),  # a hundred times as many pixels as it says
+        (_jpeg(65_500, 65_500), Reason.TOO_LARGE),
+    ],
+)
+def test_bombs_are_refused_and_take_no_memory(data: bytes, reason: Reason) -> None:
+    resource_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outcome = compactor.compact(data, Policy(), [], _no_network)
+    assert (outcome.verdict, outcome.reason) == (Verdict.PASSED_THROUGH, reason)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resource_before < 100_000  # kB
+
+
+def test_shared_bombs() -> None:
+    files = sorted((Path(__file__).parent.parent.parent / "shared/data/odd/bombs").glob("*/*"))
+    if not files:
+        pytest.skip("no ../shared/data")
+    for file in files:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        outcome = compactor.compact(file.read_bytes(), Policy(), [], _no_network)
+        assert outcome.verdict is not Verdict.COMPACTED, file
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, file

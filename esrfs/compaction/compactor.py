@@ -39,6 +39,8 @@ Pixels = npt.NDArray[np.uint8]
 
 SMALLEST_SIDE = 64
 """Pixels. Below that the view's fixed parts weigh more than its pixels."""
+_BYTES, _BYTES_PER_PIXEL = 400_000_000, 10
+"""Memory that compaction takes (``benchmarks.memory``), besides that of an engine at rest."""
 _TRIES = 4
 """On the mosaic, for each way."""
 _FIRST_LEVEL = {"faithful": 52, "high": 34, "balanced": 26, "small": 20}
@@ -121,17 +123,19 @@ def compact(
     checkpoint: Callable[[], None] = lambda: None,
     *,
     reference_key: bytes = b"",
+    room: float = math.inf,
 ) -> Outcome:
     """Try to make a blob of ``original``. ``networks``: those that may enlarge it, tried in this order; without any, it
     is kept at full resolution. ``checkpoint`` is called between steps, and may raise to end it;
-    ``reference_key`` (``blob/reference.py``) is the store's, 32 bytes, or empty: then the view refers to nothing.
+    ``reference_key`` (``blob/reference.py``) is the store's, 32 bytes, or empty: then the view refers to nothing;
+    ``room`` is the bytes of memory that it may take.
 
     Files that can't be compacted are a verdict. Raises ValueError for an unknown preset, and what ``infer`` and
     ``checkpoint`` raise.
     """
     if policy.preset == LOSSLESS:
         return lossless.compact(original, policy)
-    outcome = _at_a_loss(original, policy, networks, infer, checkpoint, reference_key=reference_key)
+    outcome = _at_a_loss(original, policy, networks, infer, checkpoint, reference_key=reference_key, room=room)
     checkpoint()
     return lossless.where_better(original, policy, outcome)
 
@@ -144,6 +148,7 @@ def _at_a_loss(
     checkpoint: Callable[[], None],
     *,
     reference_key: bytes,
+    room: float,
 ) -> Outcome:
     wanted = gate.thresholds(policy.preset)
     try:
@@ -151,6 +156,10 @@ def _at_a_loss(
         if min(split.width, split.height) < SMALLEST_SIDE:
             message = f"{split.width} × {split.height} pixels are too few for compaction to save anything"
             return _refused(Reason.TOO_SMALL, message, split)
+        needed = _BYTES + _BYTES_PER_PIXEL * split.width * split.height
+        if needed > room:
+            message = f"it takes {needed / 1e9:.1f} GB of memory, and {room / 1e9:.1f} GB are free now"
+            return _refused(Reason.NO_MEMORY, message, split)
         checkpoint()
         stored = split.pixels()
     except formats.Unsupported as error:

@@ -19,7 +19,7 @@ from esrfs.formats.view import Unsupported
 
 _WORTH_COMPARING = 0.6
 """Of the original's size: a lossy blob that takes no more is not compared with a lossless one (of about 0.8)."""
-_HOPELESS = (Reason.NOT_A_PICTURE, Reason.BROKEN, Reason.TOO_LARGE)
+_HOPELESS = (Reason.NOT_A_PICTURE, Reason.BROKEN, Reason.TOO_LARGE, Reason.NO_MEMORY)
 
 
 def compact(original: bytes, policy: Policy) -> Outcome:

@@ -74,6 +74,8 @@ class Reason(enum.StrEnum):
     TEMPORARY_NAME = "temporary_name"
     METADATA = "metadata"
     """Owner, mode, ACL, xattrs or times could not be carried over to the blob."""
+    NO_MEMORY = "no_memory"
+    """The machine has too little memory for it now. Such a file is left, and looked at again later."""
     ERROR = "error"
 
 

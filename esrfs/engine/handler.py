@@ -21,7 +21,7 @@ from esrfs.blob import recipe as recipe_format
 from esrfs.compaction import compactor
 from esrfs.compaction.compactor import NetworkRef
 from esrfs.compaction.outcome import Outcome, Reason, Verdict
-from esrfs.engine import protocol, tiles
+from esrfs.engine import protocol, room, tiles
 from esrfs.engine.errors import DeviceFailedError, JobFailedError
 from esrfs.engine.lanes import Cancelled, Running
 from esrfs.engine.tiles import Crew
@@ -82,12 +82,13 @@ class NetworkHandler:
                 self._infer(job),
                 job.checkpoint,
                 reference_key=request.reference_key,
+                room=room.available(),
             )
         except (Cancelled, JobFailedError, DeviceFailedError):
             raise
         except MemoryError:
-            message = "this machine had too little memory for it; `esrfs compact FILE` tries again"
-            return Outcome(verdict=Verdict.REFUSED, reason=Reason.ERROR, message=message)
+            message = "this machine had too little memory for it just now"
+            return Outcome(verdict=Verdict.REFUSED, reason=Reason.NO_MEMORY, message=message)
         except Exception as error:
             # One picture that esrfs stumbles over is no reason to stop compacting the others.
             log.exception("a compaction failed")

@@ -221,6 +221,8 @@ def _compact_claimed(
         outcome.verdict is Verdict.COMPACTED and decode(outcome.recipe).sha256_original != sha256
     ):
         return Done(path, "left", message="it changed while it was compacted")
+    if outcome.reason is Reason.NO_MEMORY:
+        return Done(path, "left", message=outcome.message)
     if outcome.verdict is not Verdict.COMPACTED:
         return _remember(workshop, path, st, outcome, policy.preset)
     blob = container.pack(outcome.avif, outcome.recipe, store.config.id_bytes, store.config.key_bytes)
