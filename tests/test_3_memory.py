@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -12,19 +13,27 @@ import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from PIL import Image
 
 from esrfs.compaction import compactor
-from esrfs.compaction.outcome import Policy, Reason, Verdict
+from esrfs.compaction.outcome import Outcome, Policy, Reason, Verdict
 from esrfs.engine import filevalue, protocol, room
 from esrfs.engine.client import Engine, EngineError, EngineSettings
+from esrfs.engine.filevalue import FileValue
 from esrfs.engine.protocol import ConnectionLostError
 from esrfs.networks import registry
 from esrfs.reconstruction import Pixels
+from esrfs.store.catalog import Catalog
+from esrfs.store.initialise import init
+from esrfs.store.layout import open_store
+from esrfs.upkeep import compact
+from esrfs.upkeep.claims import Claims
+from esrfs.upkeep.compact import Done, Workshop
 
 MEBIBYTE = 1 << 20
 
@@ -143,6 +152,60 @@ def test_compaction_waits_for_memory() -> None:
     assert (outcome.verdict, outcome.reason) == (Verdict.REFUSED, Reason.NO_MEMORY)
     assert "0.4 GB of memory" in outcome.message
     assert outcome.width == 640
+
+
+class _Engine:
+    """Answers every compaction alike, after ``meanwhile``."""
+
+    def __init__(self, outcome: Outcome, meanwhile: Callable[[], object]) -> None:
+        self.outcome = outcome
+        self.meanwhile = meanwhile
+        self.asked = 0
+        self.done = True
+
+    def compact_ticket(self, original: FileValue, *_: object) -> _Engine:
+        self.asked += 1
+        self.meanwhile()
+        assert original.read()[:3] == b"\xff\xd8\xff"
+        return self
+
+    def wait(self, _: float) -> Outcome:
+        return self.outcome
+
+    def release(self) -> None:
+        pass
+
+
+def _left(tmp_path: Path, outcome: Outcome, meanwhile: Callable[[Path], object]) -> tuple[Done, Done]:
+    """What becomes of a photograph in a store, twice."""
+    init(str(tmp_path / "store"))
+    photograph = tmp_path / "store" / "a.jpg"
+    photograph.write_bytes(_photograph(640, 480))
+    engine = _Engine(outcome, lambda: meanwhile(photograph))
+    catalog = Catalog(str(tmp_path / "catalog"))
+    with contextlib.closing(catalog), open_store(str(tmp_path / "store")) as store:
+        workshop = Workshop(store, cast(Engine, engine), catalog, Claims(), lambda: True)
+        done = compact.compact(workshop, "a.jpg"), compact.compact(workshop, "a.jpg")
+    assert engine.asked == 2, "no verdict is remembered"
+    return done
+
+
+def test_a_file_without_memory_for_it_is_left(tmp_path: Path) -> None:
+    outcome = Outcome(verdict=Verdict.REFUSED, reason=Reason.NO_MEMORY, message="too little")
+    for done in _left(tmp_path, outcome, lambda _: None):
+        assert (done.state, done.message) == ("left", "too little")
+
+
+def test_a_file_that_changes_while_the_engine_has_it_gets_no_verdict(tmp_path: Path) -> None:
+    """It is sent to the engine after it was hashed and looked at."""
+    outcome = Outcome(verdict=Verdict.PASSED_THROUGH, reason=Reason.BROKEN, message="damaged")
+
+    def change(photograph: Path) -> None:
+        with open(photograph, "ab") as file:
+            file.write(b"more")
+
+    for done in _left(tmp_path, outcome, change):
+        assert (done.state, done.message) == ("left", "it changed while it was compacted")
 
 
 def _no_network(sha256: bytes, pixels: Pixels) -> Pixels:
