@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from esrfs.cli import main
 from esrfs.compaction.outcome import Outcome, Policy, Reason, Verdict, stored_bytes
 from esrfs.store import initialise, layout, linux, mountpoint
 from esrfs.store.errors import Problem, StoreError
@@ -326,3 +327,31 @@ def test_a_folder_without_photographs_stays_as_large_as_it_is(tmp_path):
     (tmp_path / "notes" / "n.txt").write_bytes(bytes(9000))
     told = predict(str(tmp_path / "notes"), lambda _, __: Outcome(verdict=Verdict.REFUSED), ["high"])
     assert told.presets["high"].bytes == told.bytes == 9000
+
+
+def test_a_dry_run_shows_all_presets_side_by_side(folder, monkeypatch, capsys):
+    class FakeEngine:
+        def __init__(self, settings: object, network_bytes: object) -> None:
+            pass
+
+        def compact(self, original: bytes, policy: Policy, networks: dict[str, bytes]) -> Outcome:
+            assert networks
+            assert policy.patience == "high"
+            if policy.preset in ("faithful", "lossless"):
+                return Outcome(verdict=Verdict.REFUSED, reason=Reason.QUALITY)
+            return Outcome(verdict=Verdict.COMPACTED, avif=bytes(len(original) // 4))
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("esrfs.cli.initialising.Engine", FakeEngine)
+    before = sorted(folder.rglob("*"))
+    assert main.run(["esrfs", "init", "--dry-run", "--preset", "small", "--patience", "high", str(folder)]) == 0
+    assert sorted(folder.rglob("*")) == before
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert "73%" in rows["small"]
+    assert "(this one)" in rows["small"]
+    assert "73%" in rows["high"]
+    assert "0%" in rows["faithful"]
+    assert "0%" in rows["lossless"]
+    assert "2 were tried" in rows["of"]
