@@ -192,6 +192,28 @@ def test_a_tree_of_odd_files_arrives_with_everything_about_it(migrating: Migrati
     assert [path.name for path in migrating.mount.store.rglob(".esrfs-*")] == []
 
 
+@pytest.mark.slow
+def test_a_tree_of_2000_files(migrating: Migrating, shared_data: Path) -> None:
+    """Real ones and odd ones, there and back."""
+    odd_tree(migrating.source, files=1700)
+    real = [path for path in sorted(shared_data.rglob("*")) if path.is_file() and path.stat().st_size < 300_000][:300]
+    for number, path in enumerate(real):
+        (migrating.source / "real").mkdir(exist_ok=True)
+        shutil.copy2(path, migrating.source / "real" / f"{number} {path.name}")
+    os.mkfifo(migrating.source / "roll 1" / "pipe")
+    before = full_look(migrating.source)
+    assert len(before) > 2000
+    pipe = before.pop("roll 1/pipe")
+    report = migrating.migrate("delete")
+    assert [note.path for note in report.failed] == ["roll 1/pipe"]
+    assert not report.later + report.left + report.incomplete + report.beside
+    assert full_look(migrating.to) == before
+    assert contents(migrating.source) == {}
+    undone = migrating.undo()
+    assert not undone.failed + undone.kept
+    assert full_look(migrating.source) == {**before, "roll 1/pipe": pipe}
+
+
 def test_a_second_run_does_nothing(migrating: Migrating) -> None:
     odd_tree(migrating.source)
     first = migrating.migrate()

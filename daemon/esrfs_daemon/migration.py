@@ -209,6 +209,8 @@ class Migration:
         self._folders: dict[str, tuple[Metadata, Row]] = {}
         """Folders in the destination that get their metadata when their content is there."""
         self._known_folders: set[str] = set()
+        self._new_folders: set[str] = set()
+        """Made in this run, and so empty: nobody has to look whether a file is there already."""
         self._links: dict[tuple[int, int], Row] = {}
         self._mirrors: set[str] = set()
 
@@ -279,6 +281,7 @@ class Migration:
             self._unwritten.append(row)
         self._folders.clear()
         self._known_folders.clear()
+        self._new_folders.clear()
         self._links.clear()
         self._journal.write(self._unwritten)
         self._unwritten.clear()
@@ -390,6 +393,7 @@ class Migration:
 
         def made(each: str) -> None:
             rows.append(self._folder_row(each))
+            self._new_folders.add(each)
             self.report.folders += 1
 
         fd = make_folders(self._to.fd, path, made) if path else os.dup(self._to.fd)
@@ -475,14 +479,16 @@ class Migration:
             return
         if st.st_nlink > 1 and self._link(work, st):
             return
-        if self._take_existing(work, name, st):
+        if found.path.rpartition("/")[0] not in self._new_folders and self._take_existing(work, name, st):
             return
         part = _part_name(row.token)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        work.copy = os.open(part, flags, 0o600, dir_fd=work.folder)
+        wanted = copying.snapshot(work.source)
+        # Nobody may read it before who may read it afterwards.
+        mode = wanted.mode & 0o777 if (wanted.uid, wanted.gid) == (os.geteuid(), os.getegid()) else 0o600
+        work.copy = os.open(part, flags, mode, dir_fd=work.folder)
         placed = False
         try:
-            wanted = copying.snapshot(work.source)
             row.sha256 = copying.copy(work.source, work.copy, st, wanted, self._throttle)
             copying.make_durable(work.copy)
             if copying.digest_past_cache(work.copy, lambda: self._drop_below(row, part)) != row.sha256:

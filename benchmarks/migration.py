@@ -1,0 +1,74 @@
+"""How fast a migration is, beside ``cp -a`` of the same files onto the same mount.
+
+``python -m benchmarks.migration [--rounds N] [--base DIRECTORY]``. The migration also fsyncs each file, reads it back
+past the page cache and compares; ``cp -a`` does none of that, so it stands here with and without a ``sync`` after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from esrfs_daemon import config, once
+from esrfs_daemon.journal import Journal
+from esrfs_daemon.throttle import Throttle
+from esrfs_daemon.walk import Filters
+
+from benchmarks import machine
+
+WORKLOADS = {"photographs of 6 MB": (60, 6 << 20), "small files of 64 KiB": (1500, 64 << 10)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--base", default=None, help="where source and store lie; /dev/shm measures without a disk")
+    arguments = parser.parse_args()
+    print("| workload | `cp -a` | `cp -a` and `sync` | migration | of `cp -a` | of `cp -a` and `sync` |")
+    print("|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory(dir=arguments.base) as name, machine.mounted(Path(name)) as mount:
+        for title, (count, size) in WORKLOADS.items():
+            source = Path(name) / "source"
+            (source / "DCIM").mkdir(parents=True)
+            for number in range(count):
+                (source / "DCIM" / f"{number:05}.jpg").write_bytes(os.urandom(size))
+            rates: dict[str, list[float]] = {}
+            for how in ("cp", "synced", "migration") * arguments.rounds:
+                os.sync()
+                began = time.perf_counter()
+                copy(how, source, mount.path / "to")
+                rates.setdefault(how, []).append(count * size / (time.perf_counter() - began) / 1e6)
+                shutil.rmtree(mount.path / "to")
+            cp, synced, migration = (statistics.median(rates[how]) for how in ("cp", "synced", "migration"))
+            row = [f"{count} {title}", *(f"{rate:.0f} MB/s" for rate in (cp, synced, migration))]
+            print(f"| {' | '.join(row)} | {migration / cp:.2f} | {migration / synced:.2f} |")
+            shutil.rmtree(source)
+    print(f"\n{machine.describe()}; {arguments.rounds} rounds, medians")
+
+
+def copy(how: str, source: Path, to: Path) -> None:
+    if how == "migration":
+        limits = Throttle(config.Throttle(min_free=0, on_battery=True), threading.Event())
+        with (
+            tempfile.TemporaryDirectory(dir=source.parent) as state,
+            contextlib.closing(Journal(Path(state) / "journal.db")) as journal,
+            once.prepared(str(source), str(to), journal, limits, Filters()) as work,
+        ):
+            report = work.migrate("keep", quiet=0.0)
+        assert not report.failed + report.later
+    else:
+        subprocess.run(["cp", "-a", str(source), str(to)], check=True)
+        if how == "synced":
+            os.sync()
+
+
+if __name__ == "__main__":
+    main()
