@@ -330,6 +330,18 @@ def test_what_was_deleted_in_the_mount_does_not_come_again(migrating: Migrating)
     assert os.listdir(migrating.to) == []
 
 
+def test_a_card_is_known_again_though_its_inodes_have_other_numbers(
+    migrating: Migrating, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAT numbers files anew at each mount."""
+    monkeypatch.setattr("esrfs_daemon.migration.filesystem_type", lambda fd: "vfat")
+    write(migrating.source / "a.jpg")
+    migrating.migrate()
+    shutil.copy2(migrating.source / "a.jpg", migrating.source / "b")
+    os.rename(migrating.source / "b", migrating.source / "a.jpg")
+    assert migrating.migrate().unchanged == 1
+
+
 def test_include_and_exclude(migrating: Migrating) -> None:
     for name in ("a.JPG", "b.txt", "sub/c.jpg", "cache/d.jpg", "sub/raw/e.jpg"):
         write(migrating.source / name)

@@ -166,9 +166,10 @@ class Journal:
         with self._lock:
             self._connection.close()
 
-    def write(self, rows: Sequence[Row]) -> None:
-        """Insert rows without an id (they get one), update the others; one transaction, durable on return."""
-        if not rows:
+    def write(self, rows: Sequence[Row], forget: Sequence[Row] = ()) -> None:
+        """Insert rows without an id (they get one), update the others, drop those to ``forget``; one transaction,
+        durable on return."""
+        if not rows and not forget:
             return
         with self._transaction() as connection:
             for row in rows:
@@ -177,6 +178,7 @@ class Journal:
                     connection.execute(_UPDATE, (*_values(row), row.id))
                 else:
                     row.id = connection.execute(_INSERT, _values(row)).lastrowid or 0
+            connection.executemany("DELETE FROM migrations WHERE id = ?", [(row.id,) for row in forget])
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -40,7 +40,7 @@ from esrfs.store.metadata import Metadata
 from esrfs_daemon import copying, sources
 from esrfs_daemon.config import Then
 from esrfs_daemon.copying import Identity
-from esrfs_daemon.destination import Destination, lies_in_view, make_folders
+from esrfs_daemon.destination import Destination, filesystem_type, lies_in_view, make_folders
 from esrfs_daemon.journal import Journal, Row
 from esrfs_daemon.throttle import Stopped, Throttle
 from esrfs_daemon.walk import Found, Unmovable
@@ -54,6 +54,10 @@ FAULT_POINTS = (
 WORKERS = 4
 _BATCH_FILES = 64
 _BATCH_BYTES = 256 << 20
+_INTERRUPTED = "interrupted"
+"""A note in the journal: worth another try, whenever the file is seen."""
+_FLEETING_INODES = ("vfat", "msdos", "exfat", "ntfs", "fuse", "cifs", "smb", "9p")
+"""Filesystems (beginnings of their names) that number files anew when they are mounted."""
 _GONE = (errno.ENOTCONN, errno.ECONNABORTED, errno.ESHUTDOWN)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -196,6 +200,8 @@ class Migration:
         self.report = Report()
         self._source = source
         self._source_fd = source_fd
+        self._lasting = not filesystem_type(source_fd).startswith(_FLEETING_INODES)
+        """Whether an inode's number and change time say that it is the same file as last time."""
         self._to = destination
         self._journal = journal
         self._throttle = throttle
@@ -232,11 +238,11 @@ class Migration:
                 self._remove_part(row)
             self._put_taken_back(row)
             if row.state == "begun":
-                row.state, row.note = "undone", "interrupted"
+                row.state, row.note = "undone", _INTERRUPTED
             elif row.wanted == "keep" or not self._is_there(row.source):
                 row.state = "done"
             else:
-                row.state, row.note = "left", "interrupted"
+                row.state, row.note = "left", _INTERRUPTED
         self._journal.write(rows)
 
     def run(self, items: Iterable[Found]) -> None:
@@ -307,12 +313,13 @@ class Migration:
         if row is None or row.store != self._to.store_id or row.kind != found.kind:
             return True
         st = found.st
-        same = (row.ino, row.size, row.mtime_ns) == (st.st_ino, st.st_size, st.st_mtime_ns)
-        if not same or (row.ctime_ns != st.st_ctime_ns and st.st_nlink == 1):
+        if (row.size, row.mtime_ns) != (st.st_size, st.st_mtime_ns) or (self._lasting and row.ino != st.st_ino):
+            return True
+        if self._lasting and row.ctime_ns != st.st_ctime_ns and st.st_nlink == 1:
             return True
         wanted = self._wanted(found)
         if row.state == "left":
-            return row.note == "interrupted" or row.wanted != wanted or self._retry_left
+            return row.note.startswith(_INTERRUPTED) or row.wanted != wanted or self._retry_left
         return row.state != "done" or wanted not in (row.wanted, "keep")
 
     def _wanted(self, found: Found) -> Then:
@@ -345,7 +352,7 @@ class Migration:
             for work in works:
                 if work.state in ("copied", "existing", "linked"):
                     self._touch(work)
-            self._unwritten += [work.row for work in works]
+            self._unwritten += [work.row for work in works if work.state in ("copied", "existing", "linked")]
             faults.reach("migrate.end")
         finally:
             for work in works:
@@ -653,7 +660,7 @@ class Migration:
             return False
         if before.state != "undone":
             return before.made and before.dest == work.row.dest and before.sha256 == work.row.sha256
-        return before.note == "interrupted" and proof == "read back" and there.st_ctime >= before.at - 1
+        return before.note == _INTERRUPTED and proof == "read back" and there.st_ctime >= before.at - 1
 
     # ---- after the copies
 
@@ -668,6 +675,7 @@ class Migration:
             raise
         # What a mount that is gone could not remove, its ``begun`` row still knows.
         works = [work for work in works if not isinstance(work.fatal, DestinationLost)]
+        nothing: list[Row] = []
         for work in works:
             row = work.row
             row.state = "verified"
@@ -682,7 +690,7 @@ class Migration:
             elif work.state == "linked":
                 self.report.links += 1
             else:
-                row.state, row.note = "undone", work.reason
+                nothing.append(row)
                 if work.state == "later":
                     self.report.later.append(Note(path=path, reason=work.reason))
                 elif work.state == "failed":
@@ -691,7 +699,7 @@ class Migration:
             if row.dest != row.source:
                 self.report.beside.append(Note(path=path, reason=row.dest))
             self._tell(Progress(path, 1, size if work.found.kind == "file" else 0))
-        self._journal.write([work.row for work in works])
+        self._journal.write([work.row for work in done], forget=nothing)
         faults.reach("migrate.recorded")
 
     def _touch(self, work: _Work) -> None:
@@ -721,7 +729,7 @@ class Migration:
             finally:
                 os.close(directory)
         except sources.ChangedSince as error:
-            row.state, row.note = "left", str(error)
+            row.state, row.note = "left", f"{_INTERRUPTED}: {error}"
             self.report.later.append(Note(path=found.path, reason=str(error)))
         except (sources.Left, OSError) as error:
             reason = _in_words(error) if isinstance(error, OSError) else str(error)
