@@ -157,7 +157,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with photographs that compaction is meant for, with EXIF, and files that it must leave alone.
 
     ``coffee.jpg`` (4:2:0), ``astronaut.jpg`` (4:4:4, orientation 6), ``chelsea.jpg`` (4:2:2), ``camera.jpg`` (gray),
-    ``coffee.png``, ``sub/astronaut.png``; and ``notes.txt``, ``anim.gif``, ``progressive.jpg``. Copy it.
+    ``coffee.png``, ``sub/astronaut.png``, ``progressive.jpg``; and ``notes.txt``, ``anim.gif``. Copy it.
     """
     folder = tmp_path_factory.mktemp("photographs")
     (folder / "sub").mkdir()
