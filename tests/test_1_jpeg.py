@@ -17,6 +17,7 @@ from PIL import Image, ImageFilter
 from esrfs import formats
 from esrfs.blob import recipe
 from esrfs.blob.recipe import JpegCoding, Run
+from esrfs.blob.reference import reference
 from esrfs.compaction.outcome import Reason
 from esrfs.formats import jpeg, jpeg_parse
 from esrfs.formats.view import Pixels
@@ -373,3 +374,29 @@ def test_exiftool_prints_the_same_of_camera_files(tmp_path: Path) -> None:
         command += ["--File:FileInodeChangeDate", "."]
         printed.append(subprocess.run(command, cwd=tmp_path / folder, capture_output=True, check=True).stdout)
     assert printed[0] == printed[1]
+
+
+def test_the_fill_of_an_earlier_view_makes_room() -> None:
+    """Programs that edit pixels and keep all segments keep it; else each edit would add some."""
+    key = bytes(32)
+    original = jpeg_bytes(picture(1100, 800), quality=100, subsampling="4:4:4")
+
+    def fit(data: bytes) -> bytes:
+        split = formats.split(data, LIMIT)
+        pixels = softer(split.pixels(), 2.0)
+        return formats.fit_view(split, pixels, lambda coding, scan: reference(key, scan)).expand()
+
+    view = fit(original)
+    again = fit(view)
+    assert len(again) == len(view) == len(original)
+    for data in (view, again):
+        fill = [part for part in jpeg_parse.parse(data).segments if part.is_fill]
+        assert 0 < sum(len(part.raw) for part in fill) < len(original)
+        structure = jpeg_parse.parse(data)
+        assert fill[0].payload[6:38] == reference(key, data[structure.scan_start : structure.scan_end])
+        assert sum(bool(any(part.payload[6:])) for part in fill) == 1, "one reference"
+    kept = with_segment(view, 0xE1, b"Exif", before=0xDA)
+    assert [part.is_fill for part in jpeg_parse.parse(fit(kept)).segments].count(True) > 1, "nothing before it moves"
+    assert jpeg_parse.parse(kept).segments[-1].payload == b"Exif"
+    envelope = [part.raw for part in jpeg_parse.parse(fit(kept)).segments if part.is_envelope]
+    assert envelope == [part.raw for part in jpeg_parse.parse(kept).segments if part.is_envelope]

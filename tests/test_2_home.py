@@ -343,3 +343,12 @@ def test_crafted_notes_carry_nothing(body: bytes, cut: int) -> None:
     found = scan.find(view)
     assert found is not None
     assert carried.find([found.said[0][: cut * 10]]) is None
+
+
+def test_the_last_note_counts() -> None:
+    """A file made of an edited view may hold the fill of that one, too."""
+    views = [carrying(name * 300)[0] for name in (b"1", b"2")]
+    said = [part for view in views if (found := scan.find(view)) is not None for part in found.said]
+    last = carried.find(said)
+    assert last is not None
+    assert last.avif == b"2" * 300

@@ -55,7 +55,8 @@ def encode(carried: Carried) -> bytes:
 def find(said: Sequence[bytes]) -> Carried | None:
     """What a file's fill (the data of each of its segments, in order) carries; None if there is nothing that can be
     read."""
-    for index, part in enumerate(said):
+    # The last is that of these pixels: a program may have kept the fill of a view that it edited.
+    for index, part in reversed(list(enumerate(said))):
         if part.startswith(_MAGIC, REFERENCE_BYTES):
             start = REFERENCE_BYTES + len(_MAGIC) + _LENGTH_BYTES
             length = int.from_bytes(part[start - _LENGTH_BYTES : start], "big")

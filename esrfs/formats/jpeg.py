@@ -6,7 +6,8 @@ A view, byte for byte::
     the original's segments before SOS, verbatim and in their order, with its DQT and SOF in their places. Quantisation
         values are changed in place when the view had to be quantised more coarsely. DHT and DRI are left out, except
         before an APPn or COM segment: those must not move, since exiftool prints offsets in them and MPF counts from
-        its own place. There a DHT stays (ours, later, replaces it) and a DRI stays with its interval set to 0.
+        its own place. There a DHT stays (ours, later, replaces it) and a DRI stays with its interval set to 0. Left
+        out, too, is the fill of an earlier view, whose pixels were edited.
     DHT     the standard tables of ITU-T T.81, annex K, which have a code for every symbol; only those of the first scan
             in a progressive picture
     APP13   "esrfs\\0", then the note (a reference to the blob, and what ``view.Note`` says) over as many segments as it
@@ -250,7 +251,7 @@ def _envelope(structure: Structure, factor: float) -> bytes:
     parts = [b"\xff\xd8"]
     for index, segment in enumerate(structure.segments):
         raw = segment.raw
-        if segment.marker == DHT and index > last:
+        if (segment.marker == DHT or segment.is_fill) and index > last:
             continue
         if segment.marker == DRI:
             if index > last:

@@ -17,7 +17,9 @@ from esrfs.compaction.outcome import Reason
 from esrfs.formats.view import Unsupported
 
 SOI, EOI, SOS, DQT, DHT, DRI = 0xD8, 0xD9, 0xDA, 0xDB, 0xC4, 0xDD
-APP0, APP11, APP14, APP15, COM = 0xE0, 0xEB, 0xEE, 0xEF, 0xFE
+APP0, APP11, APP13, APP14, APP15, COM = 0xE0, 0xEB, 0xED, 0xEE, 0xEF, 0xFE
+FILL = b"esrfs\0"
+"""What the data of an APP13 segment of fill begin with."""
 _SOF_NAMES = {
     0xC3: "lossless",
     0xC5: "hierarchical",
@@ -47,8 +49,13 @@ class Segment:
 
     @property
     def is_envelope(self) -> bool:
-        """Whether it is the owner's (metadata), not a table of the picture."""
-        return APP0 <= self.marker <= APP15 or self.marker == COM
+        """Whether it is the owner's (metadata), not a table of the picture, and no fill of ours."""
+        return (APP0 <= self.marker <= APP15 or self.marker == COM) and not self.is_fill
+
+    @property
+    def is_fill(self) -> bool:
+        """Whether a view was filled with it; it says whose pixels those were."""
+        return self.marker == APP13 and self.payload.startswith(FILL)
 
 
 @dataclass(frozen=True)
