@@ -12,6 +12,7 @@ from PIL import Image, ImageFilter
 
 from esrfs import formats
 from esrfs.blob import recipe
+from esrfs.formats.pixels import check_dimensions
 
 LIMIT = 10.0
 
@@ -273,3 +274,11 @@ def test_a_note_changes_nothing_but_fill(kind: str, side: int, extra: int, lengt
         assert note(noted.coding, b"")[:32] in text
     if moved:
         assert note(noted.coding, b"")[:32] in noted.expand()
+
+
+def test_a_pictures_own_size_is_within_that_limit() -> None:
+    """Blobs are decoded with their own size as the limit, in megapixels: 89 × 89 / 1e6 * 1e6 is less than 89 × 89."""
+    for width in range(1, 1000):
+        check_dimensions(width, 89, width * 89 / 1e6, "avif")
+        with pytest.raises(formats.Unsupported):
+            check_dimensions(width, 89, (width * 89 - 1) / 1e6, "avif")

@@ -48,7 +48,7 @@ def check_dimensions(width: int, height: int, max_megapixels: float, kind: str) 
     """Raises Unsupported (TOO_LARGE) for more than ``max_megapixels`` × 1,000,000 pixels, BROKEN for none."""
     if width < 1 or height < 1:
         raise Unsupported(Reason.BROKEN, f"the header says {width} × {height} pixels", kind)
-    if width * height > max_megapixels * 1e6:
+    if width * height > round(max_megapixels * 1e6):  # the limit may be a picture's own size, divided
         message = f"{width} × {height} pixels are more than the limit of {max_megapixels:g} megapixels"
         raise Unsupported(Reason.TOO_LARGE, message, kind)
 
