@@ -331,6 +331,14 @@ def test_measuring_bytes() -> None:
     assert measure.bytes_at(curve, 39) is None and measure.bytes_at(curve, 61) is None
 
 
+def test_measuring_refined_pictures(folder: Path) -> None:
+    network = loading.load((Path(__file__).resolve().parents[1] / "weights" / "lite-x2.safetensors").read_bytes())
+    full = photographs.read_rgb(folder / "c.png")
+    plain, refined = (measure.measure(network, full, 44, refined=refined) for refined in (False, True))
+    assert refined.bytes < 1.1 * plain.bytes
+    assert refined != plain
+
+
 def test_the_shipped_lite_network_beats_bicubic(kodak: list[Path]) -> None:
     """By at least 1 dB on clean pictures, and not only there."""
     network = loading.load((Path(__file__).resolve().parents[1] / "weights" / "lite-x2.safetensors").read_bytes())

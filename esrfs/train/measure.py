@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from esrfs.compaction import refine
 from esrfs.metrics.fidelity import y_psnr
 from esrfs.metrics.ssimulacra2 import Reference
 from esrfs.networks import loading
@@ -40,20 +41,39 @@ class Gain(msgspec.Struct, frozen=True):
     bytes: int
 
 
-def measure(network: loading.Network, full: Pixels, level: int | None, reference: Reference | None = None) -> Gain:
+def measure(
+    network: loading.Network,
+    full: Pixels,
+    level: int | None,
+    reference: Reference | None = None,
+    *,
+    refined: bool = False,
+) -> Gain:
     """Shrink ``full`` (H×W×3), send it through AVIF at one of the planner's levels (None: clean), enlarge it by bicubic
-    and by the network. ``reference`` is of ``full``, if the scale divides its sides and it is at hand already."""
+    and by the network. ``reference`` is of ``full``, if the scale divides its sides and it is at hand already;
+    ``refined``: the small picture is refined before it is coded."""
     full = _divisible(full, network.scale)
     height, width = full.shape[:2]
     small = shrink(full, network.scale)
     size = 0
     if level is not None:
         avif = code(small, level)
+        if refined:
+            small = _refined(network, full, small, decode(avif))
+            avif = code(small, level)
         small, size = decode(avif), len(avif)
     bicubic = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
     view = network(small[None])[0]
     score = (reference or Reference(full)).compare(view).score
     return Gain(y_psnr(full, bicubic), y_psnr(full, view), score, size)
+
+
+def _refined(network: loading.Network, full: Pixels, small: Pixels, decoded: Pixels) -> Pixels:
+    noise = refine.codec_noise(small, decoded)
+    done = refine.refine(
+        full, small, network.differentiable, scale=network.scale, margin=network.margin, noise=noise
+    )  # fmt: skip
+    return done.small
 
 
 def plain_avif(full: Pixels, reference: Reference) -> list[tuple[float, int]]:
@@ -88,6 +108,9 @@ def main(  # noqa: PLR0917 (typer calls it by name)
     ),
     plain: Annotated[bool, typer.Option(help="Compare bytes with plain AVIF, too (slow).")] = False,
     crop: Annotated[int, typer.Option(help="Only the middle, so many pixels wide and high; 0: all of it.")] = 0,
+    refined: Annotated[
+        bool, typer.Option("--refine", help="Refine small pictures before they are coded (slow).")
+    ] = False,
     threads: int = 1,
 ) -> None:
     torch.set_num_threads(threads)
@@ -105,7 +128,7 @@ def main(  # noqa: PLR0917 (typer calls it by name)
         reference = Reference(full)
         curve = plain_avif(full, reference) if plain else []
         for step in levels:
-            gain = measure(network, full, step, reference)
+            gain = measure(network, full, step, reference, refined=refined)
             gains[step].append(gain)
             if curve and gain.bytes and (other := bytes_at(curve, gain.score)):
                 ratios[step].append(gain.bytes / other)
