@@ -6,7 +6,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 PHOTOS ?=
-BENCHMARKS ?= small_files views
+BENCHMARKS ?= small_files views migration
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
