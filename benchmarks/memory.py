@@ -133,6 +133,7 @@ def main() -> None:
                 width, height = image.size
             name = f"{megapixels:g}.jpg"
             (mount.path / name).write_bytes(original)
+            time.sleep(1.0)  # A release comes after its close, and what is open is not compacted.
             with watched(mount) as compaction:
                 mount.call("compact", paths=[name], now=True, wait=True)
             known = mount.call("explain", path=name)

@@ -112,6 +112,7 @@ class _Picture:
                 pixels = np.pad(pixels, ((0, -height % scale), (0, -width % scale), (0, 0)), mode="edge")
             size = (pixels.shape[1] // scale, pixels.shape[0] // scale)
             self._small[scale] = _image(pixels).resize(size, Image.Resampling.BICUBIC)
+            cells.give_memory_back(self.pixels)
         return self._small[scale]
 
 
@@ -293,6 +294,7 @@ class _Compaction:
     def _result(self, way: _Way, level: int, speed: int) -> _Result:
         self.checkpoint()
         avif = encode_avif(self.picture.small(way.scale), planner.quality(level), way.subsampling, speed)
+        cells.give_memory_back(self.picture.pixels)
         pixels = self._rebuild(self.picture, way, avif)
         self.checkpoint()
         fitted = formats.fit_view(self.split, pixels, functools.partial(self._note_for_fill, way, level, avif))

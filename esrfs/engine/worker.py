@@ -38,7 +38,7 @@ log = logging.getLogger("esrfs.engine.worker")
 
 _NICENESS = 15
 _LARGE_RESIDENT = 700 << 20
-"""Bytes: more than the work on 12 megapixels leaves."""
+"""Bytes. Below that the allocator may keep what it has: the next job is faster with it."""
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
 

@@ -7,6 +7,7 @@ before anything is decoded.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import struct
 import warnings
@@ -108,6 +109,14 @@ def bands(image: Image.Image) -> Iterator[tuple[int, Pixels]]:
         band = image.crop((0, top, image.width, min(top + _BAND_ROWS, image.height)))
         rows = np.asarray(band, dtype=np.uint8)
         yield top, rows.reshape(band.height, band.width, -1)
+
+
+def give_memory_back() -> None:
+    """Return what is free within the heap to the system, where the C library can. Pillow's large images are made of
+    blocks from there, and leave holes that numpy's arrays don't fill."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def canvas(height: int, width: int) -> Pixels:

@@ -17,6 +17,8 @@ Values = npt.NDArray[np.float64]
 
 BLOCK = 16
 """Pixels along a block's side."""
+_BAND_ROWS = 16 * BLOCK
+"""Rows at once: a whole picture in Pillow's hands would take 4 bytes a pixel more."""
 _TO_XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
 )
@@ -44,7 +46,8 @@ def compare(original: Pixels, view: Pixels) -> ColourError:
 
 
 def _blocks(pixels: Pixels) -> Pixels:
-    return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).reduce(BLOCK))
+    bands = (np.ascontiguousarray(pixels[top : top + _BAND_ROWS]) for top in range(0, len(pixels), _BAND_ROWS))
+    return np.concatenate([np.asarray(Image.fromarray(band).reduce(BLOCK)) for band in bands])
 
 
 def lab(rgb: Pixels) -> Values:
