@@ -1,8 +1,8 @@
 """Memory that large photographs take: the peak of the engine's process and of the mount's, in bytes for each pixel.
 
 ``python -m benchmarks.memory [--megapixels 12 50 100 200] [--preset balanced]`` makes a JPEG of each size (a mosaic of
-scikit-image's photographs, with a little grain), copies it into a mount, compacts it, ends and empties what may hold
-memory, and reads the view. Peaks are the kernel's (VmHWM of /proc/PID/status), sampled until the engine has answered.
+scikit-image's photographs, with a little grain), copies it into a mount, compacts it, empties the cache of views, and
+reads the view; the engine stays. Peaks are the kernel's (VmHWM of /proc/PID/status), sampled until the engine has answered.
 """
 
 from __future__ import annotations

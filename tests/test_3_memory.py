@@ -150,7 +150,7 @@ def test_compaction_waits_for_memory() -> None:
     original = _photograph(640, 480)
     outcome = compactor.compact(original, Policy(), [], _no_network, room=400e6)
     assert (outcome.verdict, outcome.reason) == (Verdict.REFUSED, Reason.NO_MEMORY)
-    assert "0.4 GB of memory" in outcome.message
+    assert "0.7 GB of memory" in outcome.message
     assert outcome.width == 640
 
 

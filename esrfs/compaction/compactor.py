@@ -39,7 +39,7 @@ Pixels = npt.NDArray[np.uint8]
 
 SMALLEST_SIDE = 64
 """Pixels. Below that the view's fixed parts weigh more than its pixels."""
-_BYTES, _BYTES_PER_PIXEL = 400_000_000, 10
+_BYTES, _BYTES_PER_PIXEL = 700_000_000, 10
 """Memory that compaction takes (``benchmarks.memory``), besides that of an engine at rest."""
 _TRIES = 4
 """On the mosaic, for each way."""
