@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.memory [--megapixels 12 50 100 200] [--preset balanced]`` makes a JPEG of each size (a mosaic of
 scikit-image's photographs, with a little grain), copies it into a mount, compacts it, empties the cache of views, and
-reads the view; the engine stays. Peaks are the kernel's (VmHWM of /proc/PID/status), sampled until the engine has answered.
+reads the view; the engine stays. Peaks are the kernel's (VmHWM of /proc/PID/status).
 """
 
 from __future__ import annotations
