@@ -74,7 +74,9 @@ def test_a_second_run_goes_on_where_the_first_stopped(pictures, tmp_path, capsys
 def test_ctrl_c_ends_it_and_keeps_what_is_done(pictures, tmp_path):
     out = tmp_path / "report"
     arguments = [pictures, "-o", out, "--codecs", "avif,webp,jpeg", "--jobs", "2"]
-    script = "import sys; from esrfs.cli.main import main; main()"
+    # What a shell starts in the background, as CI may be, ignores Ctrl-C, and so would all that it starts.
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    script += "from esrfs.cli.main import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", script, "evaluate", *map(str, arguments)],
         stdout=subprocess.PIPE,

@@ -269,7 +269,7 @@ def test_the_time_limit_ends_a_wait_and_the_log_says_why(mount: GalleryMount, ga
     assert 2.9 <= took < 8
     assert "cold/0.jpg: not rebuilt within 3 s; the read fails with EIO" in mount.log()
     # What the recipe alone tells is served all the same.
-    with open(paths[0], "rb") as file:
+    with open(paths[0], "rb", buffering=0) as file:
         assert file.read(500) == vary(gallery, _NAME, 0).view[:500]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import islice
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -41,6 +43,18 @@ def cores() -> int:
 
 
 @contextlib.contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Ctrl-C reaches this process afterwards, and a process that is started meanwhile never: while it still imports it
+    could only answer with a traceback."""
+    resource_tracker.ensure_running()  # else it is started with the first process, and lets Ctrl-C through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def _main_hidden() -> Iterator[None]:
     """A process that is spawned meanwhile does not import the program that this one runs, as it otherwise would: it
     needs none of it, and a program that does not look at ``__name__`` would run again."""
@@ -65,11 +79,14 @@ class Crew:
     def __enter__(self) -> Crew:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *failure: object) -> None:
+        if failure[0] is not None:  # nobody waits for what they still do
+            for process in multiprocessing.active_children():
+                process.kill()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> Future[T]:
-        with _main_hidden():
+        with _ctrl_c_later(), _main_hidden():
             return self._pool.submit(function, *arguments, **named)
 
     def examine(self, paths: Sequence[tuple[Path, str]], progress: Progress) -> tuple[list[Picture], dict[str, str]]:
