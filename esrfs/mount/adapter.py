@@ -19,7 +19,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from esrfs.mount import binding
 from esrfs.mount.binding import mfusepy
+from esrfs.vfs import xattrs
 from esrfs.vfs.filesystem import Caller, Filesystem, Opened
 from esrfs.vfs.removed import Hidden
 
@@ -77,6 +79,7 @@ _LOOKED_FOR_HIDDEN = 1 << 30
 """A mark in the umask of libfuse's context, which is made anew for each request; no umask has this bit."""
 _FORGOTTEN_SECONDS = 10.0
 """So long at most does libfuse take from the release of a file to the unlink of its hidden name."""
+_CAPABILITY = xattrs.CAPABILITY.encode()
 _READDIR_PLUS = 1
 _FILL_DIR_PLUS = 2
 
@@ -100,7 +103,7 @@ def _name(path: bytes) -> str:
 
 
 def _caller() -> Caller:
-    context = mfusepy._libfuse.fuse_get_context().contents
+    context = binding.context().contents
     return Caller(context.uid, context.gid, context.umask)
 
 
@@ -110,7 +113,7 @@ def _caller_was_killed() -> bool:
     The kernel lets nobody who was killed go before his read is answered, and of readers through the page cache it does
     not even say that they were.
     """
-    context = mfusepy._libfuse.fuse_get_context()
+    context = binding.context()
     pid = context.contents.pid if context else 0  # 0: no callback, or a caller whom this PID namespace can't see
     if pid <= 0:
         return False
@@ -206,11 +209,11 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
     def _note_look(self, path: bytes) -> None:
         if _HIDDEN.fullmatch(path):
             _threads.looked_for = path
-            mfusepy._libfuse.fuse_get_context().contents.umask |= _LOOKED_FOR_HIDDEN
+            binding.context().contents.umask |= _LOOKED_FOR_HIDDEN
 
     @staticmethod
     def _looked_in_this_request() -> bool:
-        return bool(mfusepy._libfuse.fuse_get_context().contents.umask & _LOOKED_FOR_HIDDEN)
+        return bool(binding.context().contents.umask & _LOOKED_FOR_HIDDEN)
 
     def _hide(self, old: bytes, new: bytes, flags: int) -> bool:
         """Whether this rename is libfuse's way to delete a file that is open."""
@@ -338,6 +341,8 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
         self._fs.setxattr(self._path_or_handle(path), os.fsdecode(name), ctypes.string_at(value, size), flags)
 
     def getxattr(self, path: bytes, name: bytes, buffer: Any, size: int) -> int:
+        if name == _CAPABILITY and self._fs.has_no_capability(_name(path)):
+            return -errno.ENODATA  # at each write; an exception costs more
         return self._answer(self._fs.getxattr(self._path_or_handle(path), os.fsdecode(name)), buffer, size)
 
     def listxattr(self, path: bytes, buffer: Any, size: int) -> int:

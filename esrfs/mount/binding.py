@@ -32,3 +32,10 @@ import mfusepy as mfusepy  # noqa: E402, PLC0414 (the name is this module's expo
 
 if mfusepy.fuse_version_major != 3:
     raise FuseMissing(f"esrfs needs libfuse 3, but {os.environ['FUSE_LIBRARY_PATH']} is another version")
+
+
+# It only hands out a pointer: with ctypes' usual way, Python's lock would go to another thread meanwhile.
+context = ctypes.PyDLL(os.environ["FUSE_LIBRARY_PATH"]).fuse_get_context
+"""libfuse's ``fuse_get_context``: a pointer to the context of the request that this thread works on."""
+context.argtypes = ()
+context.restype = ctypes.POINTER(mfusepy.fuse_context)

@@ -363,12 +363,16 @@ class Filesystem:
 
     # Extended attributes of a path, or of a handle's file by the handle's number.
 
+    def has_no_capability(self, path: str) -> bool:
+        """Whether the file is known to have no ``security.capability``, which the kernel asks for at each write."""
+        return self._capabilities.is_known_absent(path)
+
     def getxattr(self, path: str | int, name: str) -> bytes:
         if isinstance(path, int):
             return os.getxattr(self.handles.get(path).descriptor, name)
         self._visible(path)
-        if name == xattrs.CAPABILITY and self._capabilities.is_known_absent(path):
-            raise OSError(errno.ENODATA, "no such attribute")
+        if name == xattrs.CAPABILITY and self.has_no_capability(path):
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         if xattrs.is_ours(name):
             if self._explain is None:
                 raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
@@ -467,7 +471,7 @@ class Filesystem:
 
     def open(self, path: str, flags: int) -> Opened:
         if not flags & _MORE_THAN_READING:
-            opened = self._open_to_read(path)
+            opened = self._open_to_read(path, flags)
             if opened is not None:
                 return opened
         self._visible(path)
@@ -483,25 +487,32 @@ class Filesystem:
                 return opened
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
-    def _open_to_read(self, path: str) -> Opened | None:
-        """:meth:`open` for what most opens are: a plain file, for reading. It is written for speed, in one piece; None,
-        and nothing done, for all else."""
+    def _open_to_read(self, path: str, flags: int) -> Opened | None:
+        """:meth:`open` for what most opens are: for reading, of a file that nobody has replaced behind the mount. It is
+        written for speed, in one piece; None, and nothing done, for all else."""
         if path.startswith(RESERVED):
             return None
         directory, name = self._directories.parent(path)
         descriptor = os.open(name, _TO_READ, dir_fd=directory.number)
         try:
             st = os.fstat(descriptor)
-            if may_be_blob(st):
-                os.close(descriptor)
-                return None
             key = (st.st_dev, st.st_ino)
-            identity = (*key, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
-            number, keep = self.handles.add_to_read(key, path, descriptor, identity)
+            blob = may_be_blob(st)
+            if blob:
+                in_use = self.handles.in_use(path)
+                number, keep = 0, False
+            else:
+                identity = (*key, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
+                number, keep = self.handles.add_to_read(key, path, descriptor, identity)
         except BaseException:
             os.close(descriptor)
             raise
-        if number and self.claims.enter(key):
+        if blob and (in_use is None or in_use.key == key):
+            return self._opened((directory, name), path, flags, descriptor, st)
+        if not number:
+            os.close(descriptor)
+            return None
+        if self.claims.enter(key):
             try:
                 still = self._is_still(directory.number, name, st)
             except BaseException:
@@ -510,9 +521,6 @@ class Filesystem:
             if not still:
                 self.handles.remove(number)
                 return None
-        if not number:
-            os.close(descriptor)
-            return None
         return Opened(number, keep, False, False)
 
     def _open_what_is_in_use(self, path: str, file: OpenFile) -> Opened | None:
@@ -541,9 +549,20 @@ class Filesystem:
         """None when the name came to mean another file meanwhile, so that it has to be tried again."""
         directory, name = self._directories.parent(path)
         descriptor = os.open(name, (flags & _PASSED_TO_STORE) | _ALWAYS, dir_fd=directory.number)
-        view = None
         try:
             st = os.fstat(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return self._opened((directory, name), path, flags, descriptor, st)
+
+    def _opened(
+        self, place: tuple[Directory, str], path: str, flags: int, descriptor: int, st: os.stat_result
+    ) -> Opened | None:
+        """The rest of :meth:`_open_once`, which owns ``descriptor`` from here on."""
+        directory, name = place
+        view = None
+        try:
             if may_be_blob(st):
                 descriptor, view = self._as_view(descriptor, st, flags, path)
         except BaseException:
