@@ -113,10 +113,11 @@ def contents(folder: Path) -> dict[str, bytes]:
         for name in [*names, *(name for name in folders if os.path.islink(os.path.join(top, name)))]:
             path = os.path.join(top, name)
             relative = os.path.relpath(path, folder)
-            if os.path.islink(path):
-                found[relative] = b"-> " + os.fsencode(os.readlink(path))
-            elif stat.S_ISREG(os.lstat(path).st_mode):
-                found[relative] = Path(path).read_bytes()
+            with contextlib.suppress(FileNotFoundError):  # a daemon may be at work
+                if os.path.islink(path):
+                    found[relative] = b"-> " + os.fsencode(os.readlink(path))
+                elif stat.S_ISREG(os.lstat(path).st_mode):
+                    found[relative] = Path(path).read_bytes()
     return found
 
 

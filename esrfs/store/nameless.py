@@ -136,11 +136,14 @@ class Nameless:
             os.unlink(name, dir_fd=directory)
             return
         faults.reach("nameless.taken")
-        if self._is(kept, last):
+        try:
+            st = os.stat(kept, dir_fd=self._store.blobs_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return  # another thread has made room with it
+        if _is(st, last):
             self._add(kept, last.size)
             return
         # Somebody had given the name to something else a moment before.
-        st = os.stat(kept, dir_fd=self._store.blobs_fd, follow_symlinks=False)
         if stat.S_ISDIR(st.st_mode):
             os.rename(kept, name, src_dir_fd=self._store.blobs_fd, dst_dir_fd=directory)
             raise IsADirectoryError(name)
@@ -162,7 +165,8 @@ class Nameless:
         replaced = False
         try:
             yield
-            replaced = self._is(kept, last)
+            with contextlib.suppress(FileNotFoundError):  # another thread has made room with it
+                replaced = _is(os.stat(kept, dir_fd=self._store.blobs_fd, follow_symlinks=False), last)
         finally:
             if replaced:
                 self._add(kept, last.size)
@@ -215,10 +219,6 @@ class Nameless:
         space = os.fstatvfs(self._store.blobs_fd)
         return min(MOST_BYTES, int((space.f_bavail * space.f_frsize + self._bytes) * _SHARE_OF_FREE))
 
-    def _is(self, kept: str, last: LastName) -> bool:
-        st = os.stat(kept, dir_fd=self._store.blobs_fd, follow_symlinks=False)
-        return (st.st_dev, st.st_ino, st.st_nlink) == (last.device, last.inode, 1)
-
     def _add(self, name: str, size: int) -> None:
         surplus = []
         with contextlib.suppress(OSError):
@@ -232,6 +232,10 @@ class Nameless:
                     self._bytes -= surplus[-1][1]
             for oldest, _ in surplus:
                 _unlink(self._store, oldest)
+
+
+def _is(st: os.stat_result, last: LastName) -> bool:
+    return (st.st_dev, st.st_ino, st.st_nlink) == (last.device, last.inode, 1)
 
 
 def _copy(source: int, target: int) -> None:
