@@ -20,7 +20,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "jpeg": [{"quality": 90}, {"quality": 60, "progressive": True}],
     "png": [{"compress_level": 1}],
     "webp": [{"quality": 90}, {"lossless": True}],
-    "tiff": [{"compression": "raw"}, {"compression": "tiff_lzw"}],
+    "tiff": [{"compression": "raw"}, {"compression": "tiff_lzw"}, {"compression": "jpeg"}],
     "bmp": [{}],
 }
 
@@ -36,7 +36,7 @@ def test_every_kind_has_a_module_a_coding_and_a_name() -> None:
 
 
 @pytest.mark.parametrize("kind", kinds.COMPACTED)
-@pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 4000), (4000, 1), (17, 3000), (3000, 3)])
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 4000), (4000, 1), (17, 3000), (3000, 3), (3, 5000)])
 def test_extreme_shapes(kind: str, size: tuple[int, int]) -> None:
     noise = np.random.default_rng(2).integers(100, 140, (size[1], size[0], 3), dtype=np.uint8)
     for options in OPTIONS[kind]:

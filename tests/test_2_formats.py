@@ -157,7 +157,7 @@ def test_any_webp_gets_a_view_of_its_size(
     width=st.integers(1, 120),
     height=st.integers(1, 120),
     mode=st.sampled_from(["L", "LA", "RGB", "RGBA"]),
-    compression=st.sampled_from(["raw", "tiff_lzw", "tiff_adobe_deflate"]),
+    compression=st.sampled_from(["raw", "tiff_lzw", "tiff_adobe_deflate", "jpeg"]),
     strip=st.integers(1, 20_000),
     trailing=st.binary(max_size=50),
     seed=st.integers(0, 1000),
@@ -166,6 +166,8 @@ def test_any_tiff_gets_a_view_of_its_size(
     *, width: int, height: int, mode: str, compression: str, strip: int, trailing: bytes, seed: int
 ) -> None:
     out = io.BytesIO()
+    if compression == "jpeg":
+        mode = mode.removesuffix("A")
     made_picture(width, height, mode, seed, 20).save(out, "TIFF", compression=compression, strip_size=strip)
     view = check_view(out.getvalue() + trailing)
     assert view is not None or compression != "raw"
@@ -173,7 +175,15 @@ def test_any_tiff_gets_a_view_of_its_size(
 
 def small_files() -> list[bytes]:
     files = []
-    for kind, options in (("JPEG", {"quality": 60}), ("PNG", {}), ("WEBP", {}), ("GIF", {}), ("BMP", {}), ("TIFF", {})):
+    for kind, options in (
+        ("JPEG", {"quality": 60}),
+        ("PNG", {}),
+        ("WEBP", {}),
+        ("GIF", {}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "jpeg"}),
+    ):
         out = io.BytesIO()
         made_picture(40, 30, "RGB", 1, 10).save(out, kind, **options)
         files.append(out.getvalue())
@@ -216,7 +226,7 @@ def test_garbage_is_refused(data: bytes) -> None:
 
 
 def test_identify_by_content() -> None:
-    assert [formats.identify(data) for data in FILES] == ["jpeg", "png", "webp", "gif", "bmp", "tiff"]
+    assert [formats.identify(data) for data in FILES] == ["jpeg", "png", "webp", "gif", "bmp", "tiff", "tiff"]
     assert formats.identify(b"\0\0\0\x18ftypheic") == "heic"
     assert formats.identify(b"\0\0\0\x18ftypisom") == "mp4"
     assert formats.identify(b"") == ""

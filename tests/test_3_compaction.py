@@ -112,6 +112,7 @@ PICTURES: dict[str, Callable[[], bytes]] = {
     "webp": lambda: encoded(skimage_photo("coffee"), "WEBP", quality=95),
     "webp lossless with alpha": lambda: encoded(with_alpha(skimage_photo("coffee")), "WEBP", lossless=True, exact=True),
     "tiff LZW": lambda: encoded(skimage_photo("coffee"), "TIFF", compression="tiff_lzw"),
+    "tiff JPEG": lambda: encoded(skimage_photo("coffee"), "TIFF", compression="jpeg", quality=92),
     "tiff with alpha": lambda: encoded(with_alpha(skimage_photo("coffee")), "TIFF"),
     "bmp": lambda: encoded(skimage_photo("coffee", (201, 187)), "BMP"),
     "bmp gray": lambda: encoded(skimage_photo("camera"), "BMP"),

@@ -310,6 +310,7 @@ def compactable(folder: Path) -> None:
         translucent.save(folder / f"{name}, alpha.webp", exact=True, **options)
     for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate"):
         image.save(folder / f"{compression}.tiff", compression=compression, tiffinfo={274: 6}, icc_profile=profile)
+    image.save(folder / "jpeg within.tiff", compression="jpeg", quality=96)
     translucent.save(folder / "alpha.tiff")
     image.save(folder / "picture.bmp")
     image.convert("L").resize((201, 133)).save(folder / "gray.bmp")
@@ -350,7 +351,7 @@ def left_alone(folder: Path) -> dict[str, str]:
     for kind in ("gif", "avif"):
         image.save(folder / f"picture.{kind}")
     image.save(folder / "animated.webp", save_all=True, append_images=[image.transpose(Image.Transpose.ROTATE_180)])
-    image.save(folder / "jpeg within.tiff", compression="jpeg")
+    image.save(folder / "packbits.tiff", compression="packbits")
     image.convert("1").save(folder / "fax.tiff", compression="group4")
     image.quantize(8).save(folder / "few colours.tiff")
     image.convert("1").save(folder / "bits.bmp")

@@ -81,12 +81,26 @@ class WebpCoding(msgspec.Struct, frozen=True, tag="webp"):
     """The alpha plane (height × width bytes), zlib-compressed, exact; empty for RGB."""
 
 
+class TiffStream(msgspec.Struct, frozen=True):
+    """What is around the entropy-coded data of a strip or tile that is a JPEG."""
+
+    head: bytes
+    """SOI and what follows it up to the scan's header, without Huffman tables and restart interval."""
+    sos: bytes
+    """The scan's header; Huffman tables are numbered as the standard's (0 luma, 1 chroma; 0 for red, green, blue)."""
+    tail: bytes
+    """EOI, and what is left of the strip."""
+    quantisation: list[list[int]]
+    """One table of 64 values (zigzag order, 1 to 255) for each component."""
+    subsampling: OneOf["4:4:4", "4:2:2", "4:2:0"]
+
+
 class TiffCoding(msgspec.Struct, frozen=True, tag="tiff"):
     """How pixels become the strips or tiles of a TIFF."""
 
     mode: OneOf["L", "RGB"]
     compression: int
-    """As TIFF numbers it: 1 none, 5 LZW, 8 and 32946 Deflate."""
+    """As TIFF numbers it: 1 none, 5 LZW, 7 JPEG, 8 and 32946 Deflate."""
     predictor: bool
     """Whether samples are stored as differences to those on their left."""
     planar: bool
@@ -102,6 +116,15 @@ class TiffCoding(msgspec.Struct, frozen=True, tag="tiff"):
     """What lies between them, in the file's order."""
     extra: bytes = b""
     """The sample after gray or RGB, alpha mostly (height × width bytes), zlib-compressed, exact; empty: none."""
+    streams: list[TiffStream] = []
+    """Of JPEG: each that there is."""
+    stream_of: list[int] = []
+    """For each strip or tile the number of its stream."""
+    ycbcr: bool = False
+    """Of JPEG: whether colours are converted."""
+    own_tables: bool = False
+    """Of JPEG: whether each strip or tile has the Huffman tables that suit it; else they have none, and the standard
+    ones are among the file's tables."""
 
 
 class BmpCoding(msgspec.Struct, frozen=True, tag="bmp"):

@@ -85,9 +85,11 @@ def encode_scan(coding: PictureCoding, width: int, height: int, pixels: Pixels, 
 def recoded(split: Split, pixels: Pixels) -> Pixels:
     """What decoders make of ``pixels``, of any size, when they are coded as a view of ``split`` would be that has room
     enough: what its codec loses can be known before the whole view is made."""
-    from esrfs.formats import jpeg  # noqa: PLC0415
+    from esrfs.formats import jpeg, tiff  # noqa: PLC0415
 
-    return jpeg.recoded(split, pixels) if isinstance(split, jpeg.JpegSplit) else pixels
+    if isinstance(split, jpeg.JpegSplit):
+        return jpeg.recoded(split.structure.coding, pixels)
+    return tiff.recoded(split, pixels) if isinstance(split, tiff.TiffSplit) else pixels
 
 
 def decode(data: bytes, max_megapixels: float) -> Pixels:

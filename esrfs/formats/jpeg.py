@@ -116,14 +116,14 @@ _ZIGZAG = (
     *(55, 62, 63),
 )
 """The natural (row by row) index of each coefficient in zigzag order."""
-_HUFFMAN_GRAY = bytes.fromhex(
+HUFFMAN_GRAY = bytes.fromhex(
     "0000010501010101010100000000000000000102030405060708090a0b"
     "100002010303020403050504040000017d01020300041105122131410613516107227114328191a1082342b1c11552d1f024336272"
     "82090a161718191a25262728292a3435363738393a434445464748494a535455565758595a636465666768696a737475767778797a"
     "838485868788898a92939495969798999aa2a3a4a5a6a7a8a9aab2b3b4b5b6b7b8b9bac2c3c4c5c6c7c8c9cad2d3d4d5d6d7d8d9da"
     "e1e2e3e4e5e6e7e8e9eaf1f2f3f4f5f6f7f8f9fa"
 )
-_HUFFMAN_COLOUR = bytes.fromhex(
+HUFFMAN_COLOUR = bytes.fromhex(
     "0100030101010101010101010000000000000102030405060708090a0b"
     "1100020102040403040705040400010277000102031104052131061241510761711322328108144291a1b1c109233352f0156272d1"
     "0a162434e125f11718191a262728292a35363738393a434445464748494a535455565758595a636465666768696a73747576777879"
@@ -177,13 +177,12 @@ def encode_scan(coding: JpegCoding, width: int, height: int, pixels: Pixels, len
     raise DoesNotFit(f"the rebuilt picture needs {len(scan)} bytes, and there are {length}")
 
 
-def recoded(split: JpegSplit, pixels: Pixels) -> Pixels:
-    """See ``formats.recoded``."""
-    coding = split.structure.coding
+def recoded(coding: JpegCoding, pixels: Pixels, *, rgb: bool = False) -> Pixels:
+    """See ``formats.recoded``; ``rgb``: colours are not converted."""
     height, width = pixels.shape[:2]
     out = io.BytesIO()
     as_image_for_jpeg(pixels, width, height, coding.mode).save(
-        out, "JPEG", qtables=_natural(coding), subsampling=coding.subsampling
+        out, "JPEG", qtables=natural(coding.quantisation), subsampling=coding.subsampling, keep_rgb=rgb
     )
     with Image.open(out) as image:
         return as_array(image)
@@ -289,40 +288,41 @@ def _scan_header(structure: Structure) -> bytes:
 
 
 def _huffman(mode: str, progressive: bool) -> bytes:
-    tables = [_HUFFMAN_GRAY] if mode == "L" else [_HUFFMAN_GRAY, _HUFFMAN_COLOUR]
+    tables = [HUFFMAN_GRAY] if mode == "L" else [HUFFMAN_GRAY, HUFFMAN_COLOUR]
     body = b"".join(table[:_DC_TABLE] if progressive else table for table in tables)
     return struct.pack(">HH", 0xFF00 | DHT, 2 + len(body)) + body
 
 
-def _natural(coding: JpegCoding) -> list[list[int]]:
-    """The quantisation tables, row by row."""
-    natural = [[0] * 64 for _ in coding.quantisation]
-    for table, values in zip(natural, coding.quantisation, strict=True):
+def natural(quantisation: list[list[int]]) -> list[list[int]]:
+    """Quantisation tables, row by row, of such in zigzag order."""
+    tables = [[0] * 64 for _ in quantisation]
+    for table, values in zip(tables, quantisation, strict=True):
         for index, value in zip(_ZIGZAG, values, strict=True):
             table[index] = value
-    return natural
+    return tables
 
 
 def _scan(coding: JpegCoding, image: Image.Image) -> memoryview:
     """What is between ``image``'s (first) SOS and EOI."""
-    natural = _natural(coding)
+    tables = natural(coding.quantisation)
     out = io.BytesIO()
     if coding.progressive:
-        with _room_for_all(image):
-            image.save(out, "JPEG", qtables=natural, subsampling=coding.subsampling, progressive=True)
+        with room_for_all(image):
+            image.save(out, "JPEG", qtables=tables, subsampling=coding.subsampling, progressive=True)
         data = out.getvalue()
         blocks = [0] if coding.mode == "L" else _BLOCKS[coding.subsampling]
         units = jpeg_parse.units(coding.subsampling, image.width, image.height)
-        standard = [table[1:_DC_TABLE] for table in (_HUFFMAN_GRAY, _HUFFMAN_COLOUR)]
+        standard = [table[1:_DC_TABLE] for table in (HUFFMAN_GRAY, HUFFMAN_COLOUR)]
         return memoryview(jpeg_progressive.scans(data, blocks, units, standard, coding.components))
-    image.save(out, "JPEG", qtables=natural, subsampling=coding.subsampling, optimize=False)
+    image.save(out, "JPEG", qtables=tables, subsampling=coding.subsampling, optimize=False)
     made = out.getbuffer()  # no copy
     return made[_scan_start(made) : -2]
 
 
 @contextmanager
-def _room_for_all(image: Image.Image) -> Iterator[None]:
-    """libjpeg writes a progressive picture in one go, and Pillow's guess at the room that takes may be too small."""
+def room_for_all(image: Image.Image) -> Iterator[None]:
+    """libjpeg writes a progressive picture, or one with Huffman tables of its own, in one go, and Pillow's guess at the
+    room that takes may be too small."""
     with _maxblock_lock:
         before = ImageFile.MAXBLOCK
         ImageFile.MAXBLOCK = max(before, 4 * image.width * image.height)

@@ -16,13 +16,16 @@ from esrfs.formats.jpeg_parse import DHT, DQT, DRI, Structure
 from esrfs.formats.view import Pixels, Unsupported
 
 _JFIF = bytes.fromhex("ffe000104a46494600010100000100010000")
+_ADOBE_RGB = bytes.fromhex("ffee000e41646f626500640000000000")
 
 
-def intact_pixels(data: bytes, structure: Structure) -> Pixels:
-    """uint8, height × width × 1 or 3. Raises Unsupported (BROKEN) if the compressed pixels are damaged."""
+def intact_pixels(data: bytes, structure: Structure, *, rgb: bool = False) -> Pixels:
+    """uint8, height × width × 1 or 3; ``rgb``: its components are red, green and blue. Raises Unsupported (BROKEN) if
+    the compressed pixels are damaged."""
     tables = [segment.raw for segment in structure.segments if segment.marker in (DQT, DHT, DRI)]
     scans = memoryview(data)[structure.scan_start : structure.scan_end]
-    picture = b"".join((b"\xff\xd8", _JFIF, *tables, structure.frame.raw, structure.sos, scans, b"\xff\xd9"))
+    colours = _ADOBE_RGB if rgb else _JFIF
+    picture = b"".join((b"\xff\xd8", colours, *tables, structure.frame.raw, structure.sos, scans, b"\xff\xd9"))
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(picture, "GRAY" if structure.mode == "L" else "RGB", strict=True)
     except ValueError as error:

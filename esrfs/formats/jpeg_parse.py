@@ -100,13 +100,14 @@ class Structure:
         )
 
 
-def parse(data: bytes) -> Structure:
-    """Take a JPEG file apart. Raises Unsupported (UNSUPPORTED_KIND, SIGNED, BROKEN)."""
+def parse(data: bytes, *, rgb: bool = False) -> Structure:
+    """Take a JPEG file apart. ``rgb``: what it lies in says that its components are red, green and blue. Raises
+    Unsupported (UNSUPPORTED_KIND, SIGNED, BROKEN)."""
     segments, sos, scan_start = _segments(data)
     _refuse_signed(segments)
     frame = _frame(segments)
     height, width, components = _components(frame)
-    mode, subsampling = _colour(segments, components)
+    mode, subsampling = _colour(segments, components, rgb)
     progressive = frame.marker == 0xC2
     _check_scan_header(sos, components, progressive)
     scan_end, eoi = _scans_end(data, scan_start) if progressive else _scan_end(data, scan_start)
@@ -221,10 +222,14 @@ def _components(frame: Segment) -> tuple[int, int, list[Component]]:
 
 
 def _colour(
-    segments: list[Segment], components: list[Component]
+    segments: list[Segment], components: list[Component], rgb: bool
 ) -> tuple[OneOf["L", "RGB"], OneOf["4:4:4", "4:2:2", "4:2:0"]]:
     if len(components) == 1:
         return "L", "4:4:4"
+    if rgb:
+        if any(component.sampling != (1, 1) for component in components):
+            raise _passed("this JPEG is coded as RGB, and sampled")
+        return "RGB", "4:4:4"
     for segment in segments:
         if segment.marker == APP14 and segment.payload.startswith(b"Adobe") and len(segment.payload) >= 12:
             if segment.payload[11] == 0:

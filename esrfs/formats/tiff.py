@@ -4,8 +4,8 @@ So no offset in the file changes, and exiftool prints the same. A view, byte for
 
     all before the first strip or tile              verbatim
     scan    strips or tiles in the file's order; what lies between them is verbatim. Each is compressed as the
-            original's is, then zeros up to its length, which decoders don't read. One that does not fit is softened,
-            just enough.
+            original's is, then zeros up to its length, which decoders don't read (of JPEG: ``tiff_jpeg``). One that
+            does not fit is softened, just enough.
     all after the last strip or tile                verbatim: often the directory with all metadata
 
 There is no fill, and so no room for a note.
@@ -13,21 +13,22 @@ There is no fill, and so no room for a note.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
-import PIL
 from PIL import Image, features
 
-from esrfs.blob.recipe import Literal, TiffCoding
+from esrfs.blob.recipe import JpegCoding, Literal, TiffCoding, TiffStream
 from esrfs.compaction.outcome import Reason
+from esrfs.formats import jpeg, tiff_jpeg, tiff_parse
 from esrfs.formats import pixels as pillow
-from esrfs.formats import tiff_parse
-from esrfs.formats.tiff_parse import DEFLATE, LZW, NONE, OLD_DEFLATE, Structure
+from esrfs.formats.tiff_parse import DEFLATE, JPEG, LZW, NONE, OLD_DEFLATE, Structure
 from esrfs.formats.view import DoesNotFit, FittedView, Note, Pixels, Unsupported, no_note
 
 _LEVELS = (6, 9)
@@ -40,6 +41,9 @@ class TiffSplit:
 
     data: bytes
     structure: Structure
+    streams: list[TiffStream]
+    """Of JPEG, as in ``TiffCoding``."""
+    stream_of: list[int]
     kind: str = "tiff"
     lossless: bool = False
     """A strip may have been softened."""
@@ -54,6 +58,8 @@ class TiffSplit:
 
     def pixels(self) -> Pixels:
         structure = self.structure
+        if structure.compression == JPEG:
+            return self._of_jpegs()
         pixels = pillow.decode(self.data, structure.width * structure.height / 1e6)
         if pixels.shape != (structure.height, structure.width, structure.samples):
             raise Unsupported(
@@ -67,53 +73,114 @@ class TiffSplit:
             )
         return pixels
 
+    def _of_jpegs(self) -> Pixels:
+        structure = self.structure
+        pixels = np.empty((structure.height, structure.width, structure.samples), dtype=np.uint8)
+        places = _places(_layout(structure), structure.width, structure.height)
+        for place, part in zip(places, tiff_jpeg.decoded(self.data, structure), strict=True):
+            samples = slice(None) if place.sample is None else slice(place.sample, place.sample + 1)
+            where = pixels[place.top : place.bottom, place.left : place.right, samples]
+            where[:] = part[: where.shape[0], : where.shape[1]]
+        return pixels
+
     def fit(self, pixels: Pixels, note: Note = no_note) -> FittedView:
         """``note`` is left out: there is no fill."""
         structure = self.structure
         order = sorted(structure.parts)
         start, end = order[0][0], sum(order[-1])
         ends = [sum(part) for part in order[:-1]]
-        coding = TiffCoding(
-            mode="L" if structure.samples < 3 else "RGB",
-            compression=structure.compression,
-            predictor=structure.predictor,
-            planar=structure.planar,
-            part_width=structure.part_width,
-            part_height=structure.part_height,
-            tiled=structure.tiled,
+        coding = msgspec.structs.replace(
+            _layout(structure),
             parts=[(offset - start, length) for offset, length in structure.parts],
             between=[self.data[last:following] for last, (following, _) in zip(ends, order[1:], strict=True)],
+            streams=self.streams,
+            stream_of=self.stream_of,
         )
         if structure.samples in (2, 4):
             extra = np.ascontiguousarray(self.pixels()[:, :, -1])
             coding = msgspec.structs.replace(coding, extra=zlib.compress(extra.tobytes(), 9))
+        coding, scan = self._coded(coding, pixels, end - start)
         return FittedView(
             coding=coding,
             prefix=[Literal(self.data[:start])],
-            scan=encode_scan(coding, self.width, self.height, pixels, end - start),
+            scan=scan,
             suffix=[Literal(self.data[end:])],
             encoder=encoder(),
         )
+
+    def _coded(self, coding: TiffCoding, pixels: Pixels, length: int) -> tuple[TiffCoding, bytes]:
+        """Of JPEG: with the standard Huffman tables if all fits by them as it is; else softened where it has to be,
+        with other tables if that takes less of it."""
+        if coding.compression != JPEG:
+            return coding, encode_scan(coding, self.width, self.height, pixels, length)
+        if not tiff_jpeg.has_standard_tables(self.structure):
+            coding = msgspec.structs.replace(coding, own_tables=True)
+            return coding, encode_scan(coding, self.width, self.height, pixels, length)
+        with contextlib.suppress(DoesNotFit):
+            return coding, _scan(coding, self.width, self.height, pixels, length, softenings=1)
+        with contextlib.suppress(DoesNotFit):
+            better = msgspec.structs.replace(coding, own_tables=True)
+            return better, encode_scan(better, self.width, self.height, pixels, length)
+        return coding, encode_scan(coding, self.width, self.height, pixels, length)
+
+
+def recoded(split: TiffSplit, pixels: Pixels) -> Pixels:
+    """See ``formats.recoded``."""
+    if not split.streams:
+        return pixels
+    planes = len(split.streams[0].quantisation) < pixels.shape[2]
+    coding = JpegCoding(
+        mode="L" if planes or split.structure.samples == 1 else "RGB",
+        subsampling=split.streams[0].subsampling,
+        quantisation=split.streams[0].quantisation,
+    )
+    if planes:
+        return np.dstack([jpeg.recoded(coding, pixels[:, :, sample]) for sample in range(pixels.shape[2])])
+    return jpeg.recoded(coding, pixels, rgb=not split.structure.ycbcr)
+
+
+def _layout(structure: Structure) -> TiffCoding:
+    """What tells where strips or tiles are in the picture; where they are in the file is left out."""
+    return TiffCoding(
+        mode="L" if structure.samples < 3 else "RGB",
+        compression=structure.compression,
+        predictor=structure.predictor,
+        planar=structure.planar,
+        part_width=structure.part_width,
+        part_height=structure.part_height,
+        tiled=structure.tiled,
+        parts=[],
+        between=[],
+        ycbcr=structure.ycbcr,
+    )
 
 
 def split(data: bytes, max_megapixels: float) -> TiffSplit:
     """See ``formats.split``."""
     structure = tiff_parse.parse(data)
     pillow.check_dimensions(structure.width, structure.height, max_megapixels, "tiff")
-    return TiffSplit(data, structure)
+    streams, stream_of = tiff_jpeg.streams(data, structure) if structure.compression == JPEG else ([], [])
+    return TiffSplit(data, structure, streams, stream_of)
 
 
 def encode_scan(coding: TiffCoding, width: int, height: int, pixels: Pixels, length: int) -> bytes:
     """See ``formats.encode_scan``."""
+    return _scan(coding, width, height, pixels, length)
+
+
+def _scan(  # noqa: PLR0917
+    coding: TiffCoding, width: int, height: int, pixels: Pixels, length: int, softenings: int | None = None
+) -> bytes:
+    """``softenings``: how many of them are tried, the picture as it is counted; None: all. Raises DoesNotFit."""
     image = pillow.as_image(pixels, width, height, coding.mode)
     extra = None
     if coding.extra:
         plane = zlib.decompressobj().decompress(coding.extra, width * height)
         extra = np.frombuffer(plane, np.uint8).reshape(height, width)
-    made = [
-        (offset, _fitting(coding, image, extra, place, count))
-        for place, (offset, count) in zip(_places(coding, width, height), coding.parts, strict=True)
-    ]
+    made = []
+    for index, (place, (offset, count)) in enumerate(zip(_places(coding, width, height), coding.parts, strict=True)):
+        stream = coding.streams[coding.stream_of[index]] if coding.streams else None
+        made.append((offset, _fitting(coding, image, extra, place, count, stream, softenings)))
     pieces = []
     for index, (_, data) in enumerate(sorted(made)):
         pieces.append(data)
@@ -126,8 +193,9 @@ def encode_scan(coding: TiffCoding, width: int, height: int, pixels: Pixels, len
 
 
 def encoder() -> str:
-    """What writes the scans: ``pillow 12.1.0, libtiff 4.7.1, zlib 1.3.1``."""
-    return f"pillow {PIL.__version__}, libtiff {features.version('libtiff')}, zlib {zlib.ZLIB_RUNTIME_VERSION}"
+    """What writes the scans: ``pillow 12.1.0, libjpeg-turbo 3.1.0, libtiff 4.7.1, zlib 1.3.1``."""
+    libraries = f"libtiff {features.version('libtiff')}, zlib {zlib.ZLIB_RUNTIME_VERSION}"
+    return f"{jpeg.encoder()}, {libraries}"
 
 
 @dataclass(frozen=True)
@@ -153,11 +221,19 @@ def _places(coding: TiffCoding, width: int, height: int) -> Iterator[_Place]:
                 )
 
 
-def _fitting(coding: TiffCoding, image: Image.Image, extra: Pixels | None, place: _Place, count: int) -> bytes:
+def _fitting(  # noqa: PLR0917
+    coding: TiffCoding,
+    image: Image.Image,
+    extra: Pixels | None,
+    place: _Place,
+    count: int,
+    stream: TiffStream | None,
+    softenings: int | None,
+) -> bytes:
     """One strip or tile, of ``count`` bytes. Raises DoesNotFit."""
     part = image.crop((place.left, place.top, min(place.right, image.width), min(place.bottom, image.height)))
     least = -1
-    for softer in pillow.softened(part):
+    for softer in itertools.islice(pillow.softened(part), softenings):
         for level in _LEVELS if coding.compression in (DEFLATE, OLD_DEFLATE) else _LEVELS[:1]:
             samples = pillow.as_array(softer)
             if extra is not None:
@@ -165,9 +241,16 @@ def _fitting(coding: TiffCoding, image: Image.Image, extra: Pixels | None, place
             if place.sample is not None:
                 samples = samples[:, :, place.sample : place.sample + 1]
             beyond = (place.bottom - place.top - samples.shape[0], place.right - place.left - samples.shape[1])
-            data = _compressed(coding, np.pad(samples, ((0, beyond[0]), (0, beyond[1]), (0, 0)), mode="edge"), level)
+            if any(beyond):
+                samples = np.pad(samples, ((0, beyond[0]), (0, beyond[1]), (0, 0)), mode="edge")
+            if stream is None:
+                data, tail = _compressed(coding, samples, level), b""
+            else:
+                data = tiff_jpeg.encoded(stream, samples, ycbcr=coding.ycbcr, own_tables=coding.own_tables)
+                tail = stream.tail
             if len(data) <= count:
-                return data + bytes(count - len(data))
+                fill = (b"\xff" if stream else b"\0") * (count - len(data))
+                return b"".join((data[: len(data) - len(tail)], fill, tail))
             least = len(data)
         if coding.compression == NONE:
             break

@@ -1,8 +1,8 @@
 """The structure of a TIFF file, and what esrfs refuses to touch in it.
 
 Accepted: classic TIFF (not BigTIFF), one picture of 8 bits a sample, gray or RGB, with one extra sample (alpha) or
-without, in strips or tiles, chunky or planar, uncompressed or in LZW or Deflate with predictor 1 or 2. Reduced pictures
-(thumbnails) may follow. RAW files in TIFF's clothes are refused.
+without, in strips or tiles, chunky or planar, uncompressed or in LZW or Deflate with predictor 1 or 2. Or each strip or
+tile is a JPEG (``tiff_jpeg``). Reduced pictures (thumbnails) may follow. RAW files in TIFF's clothes are refused.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from esrfs.formats.view import Unsupported
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 254, 256, 257, 258, 259, 262, 266
 _STRIP_OFFSETS, _ORIENTATION, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR, _PREDICTOR = 273, 274, 277, 278, 279, 284, 317
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES, _EXTRA, _FORMAT = 322, 323, 324, 325, 338, 339
+_JPEG_TABLES = 347
 _DNG = 50706
-_NUMBERS = {1: "B", 3: "H", 4: "I"}
-"""Types of entries that hold what is asked for here: byte, short, long."""
+_NUMBERS = {1: "B", 3: "H", 4: "I", 7: "B"}
+"""Types of entries that hold what is asked for here: byte, short, long, bytes without a meaning."""
 _PAGES = 32
-NONE, LZW, DEFLATE, OLD_DEFLATE = 1, 5, 8, 32946
+_MOST_VALUES = 1 << 22
+"""Of an entry: more than 200 megapixels in planes and tiles of 16 by 16 have."""
+NONE, LZW, JPEG, DEFLATE, OLD_DEFLATE = 1, 5, 7, 8, 32946
 _COMPRESSIONS = {
     2: "CCITT fax",
     3: "CCITT fax",
     4: "CCITT fax",
-    6: "old JPEG",
-    7: "JPEG",
+    6: "old-style JPEG",
     32773: "PackBits",
     34712: "JPEG 2000",
     34925: "LZMA",
@@ -35,12 +37,13 @@ _COMPRESSIONS = {
     50002: "JPEG XL",
     52546: "JPEG XL",
 }
+_YCBCR = 6
 _PHOTOMETRICS = {
     0: "codes white as 0",
     3: "has a palette",
     4: "is a mask",
     5: "is CMYK",
-    6: "is YCbCr",
+    _YCBCR: "is YCbCr",
     8: "is CIELab",
     32803: "is a camera's RAW file",
     34892: "is a camera's RAW file",
@@ -65,6 +68,10 @@ class Structure:
     tiled: bool
     parts: list[tuple[int, int]]
     """Offset and length in bytes of each strip or tile, in TIFF's order."""
+    ycbcr: bool
+    """Colours are luma and chroma: JPEG's."""
+    tables: bytes
+    """Of JPEG: what its strips or tiles share, as a JPEG without a picture; may be empty."""
 
 
 def parse(data: bytes) -> Structure:
@@ -98,10 +105,11 @@ def _parse(data: bytes) -> Structure:
         raise _passed("holds a small picture first, as RAW files do")
     _check_other_pages(data, following, order)
     compression = get(_COMPRESSION, [1])[0]
-    if compression not in (NONE, LZW, DEFLATE, OLD_DEFLATE):
+    if compression not in (NONE, LZW, JPEG, DEFLATE, OLD_DEFLATE):
         raise _passed(f"is compressed by {_COMPRESSIONS.get(compression, f'method {compression}')}")
     photometric = get(_PHOTOMETRIC, [-1])[0]
-    if photometric not in (1, 2):
+    ycbcr = photometric == _YCBCR and compression == JPEG
+    if photometric not in (1, 2) and not ycbcr:
         raise _passed(_PHOTOMETRICS.get(photometric, "has an unusual colour space"))
     samples = get(_SAMPLES, [1])[0]
     bits = get(_BITS, [1])
@@ -112,6 +120,8 @@ def _parse(data: bytes) -> Structure:
     colours = 1 if photometric == 1 else 3
     if samples not in (colours, colours + 1):
         raise _passed(f"has {samples} samples a pixel")
+    if compression == JPEG and samples != colours:
+        raise _passed("has another sample beside its colours, which JPEG does not keep exactly")
     if get(_FILL_ORDER, [1]) != [1]:
         raise _passed("has its bits in reverse order")
     predictor = get(_PREDICTOR, [1])[0]
@@ -119,6 +129,8 @@ def _parse(data: bytes) -> Structure:
         raise _passed("has an unusual predictor")
     width, height = get(_WIDTH, [0])[0], get(_HEIGHT, [0])[0]
     planar = get(_PLANAR, [1])[0] == 2 and samples > 1
+    if planar and ycbcr:
+        raise _passed("keeps luma and chroma in planes")
     tiled = _TILE_OFFSETS in entries
     if tiled:
         part_width, part_height = get(_TILE_WIDTH, [0])[0], get(_TILE_HEIGHT, [0])[0]
@@ -136,12 +148,14 @@ def _parse(data: bytes) -> Structure:
         samples=samples,
         premultiplied=samples > colours and get(_EXTRA, [0])[0] == 1,
         compression=compression,
-        predictor=predictor == 2 and compression != NONE,
+        predictor=predictor == 2 and compression not in (NONE, JPEG),
         planar=planar,
         part_width=part_width,
         part_height=part_height,
         tiled=tiled,
         parts=places,
+        ycbcr=ycbcr,
+        tables=bytes(get(_JPEG_TABLES, [])) if compression == JPEG else b"",
     )
 
 
@@ -167,6 +181,8 @@ def _values(data: bytes, offset: int, order: str) -> list[int]:
     kind, count = struct.unpack_from(order + "HI", data, offset + 2)
     if kind not in _NUMBERS or not count:
         raise _broken("an entry of its directory has a wrong type")
+    if count > _MOST_VALUES:
+        raise _passed("has very many strips or tiles")
     size = struct.calcsize(order + _NUMBERS[kind])
     start = offset + 8 if size * count <= 4 else struct.unpack_from(order + "I", data, offset + 8)[0]
     if start + size * count > len(data):
