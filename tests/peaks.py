@@ -1,12 +1,14 @@
 """Run as a program: what one piece of work takes at most, in bytes, besides the pictures that it is given.
 
-python -m tests.peaks rebuild2|rebuild1|compact2|compact1|metric WIDTH HEIGHT [SPEED]
+python -m tests.peaks rebuild2|rebuild1|compact2|compact1|metric WIDTH HEIGHT [KIND [SPEED]]
 
-The digit is the scale. ``compact`` is one attempt on the whole picture, at libaom's SPEED (default 10).
+The digit is the scale. ``compact`` is one attempt on the whole picture, of a KIND (default jpeg), at libaom's SPEED
+(default 10); a view that does not fit has been tried all the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import io
 import sys
@@ -26,6 +28,7 @@ from esrfs.compaction.outcome import Policy
 from esrfs.engine import tiles
 from esrfs.formats import cells
 from esrfs.metrics.ssimulacra2 import Reference
+from tests.test_1_png import interlaced
 
 Pixels = reconstruction.Pixels
 
@@ -44,6 +47,50 @@ class _Doubling:
 def _picture(width: int, height: int) -> Image.Image:
     few = np.random.default_rng(1).integers(0, 256, (height // 64 + 1, width // 64 + 1, 3), dtype=np.uint8)
     return Image.fromarray(few).resize((width, height), Image.Resampling.BILINEAR)
+
+
+def _deflated(image: Image.Image, level: int = 1) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "PNG", compress_level=level)
+    return out.getvalue()
+
+
+def _translucent(image: Image.Image) -> Image.Image:
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
+
+
+def _in_strips(image: Image.Image, rows: int) -> bytes:
+    """A TIFF of JPEGs."""
+    image = image.crop((0, 0, image.width, image.height // rows * rows))
+    out = io.BytesIO()
+    image.save(out, "TIFF", compression="jpeg", quality=92, strip_size=image.width * rows * 3)
+    return out.getvalue()
+
+
+def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+ORIGINALS: dict[str, Callable[[Image.Image], bytes]] = {
+    "jpeg": lambda image: _saved(image, "JPEG", quality=92),
+    "jpeg-progressive": lambda image: _saved(image, "JPEG", quality=92, progressive=True),
+    "png": _deflated,
+    "png-alpha": lambda image: _deflated(_translucent(image)),
+    "png-palette": lambda image: _deflated(image.quantize(256), 0),
+    "png-interlaced": lambda image: interlaced(_deflated(image, 0)),
+    "webp": lambda image: _saved(image, "WEBP", quality=90, method=0),
+    "webp-lossless": lambda image: _saved(image, "WEBP", lossless=True, quality=0, method=0),
+    "tiff": lambda image: _saved(image, "TIFF"),
+    "tiff-deflate": lambda image: _saved(image, "TIFF", compression="tiff_adobe_deflate", strip_size=1 << 20),
+    "tiff-alpha": lambda image: _saved(_translucent(image), "TIFF"),
+    "tiff-jpeg": lambda image: _in_strips(image, 16),
+    "tiff-jpeg-whole": lambda image: _in_strips(image, image.height),
+    "bmp": lambda image: _saved(image, "BMP"),
+}
+"""By KIND."""
 
 
 def _encode(image: Image.Image) -> bytes:
@@ -78,12 +125,17 @@ def _recipe(width: int, height: int, scale: int) -> Recipe:
 def _compaction(original: bytes, scale: int, speed: int) -> None:
     policy = Policy(preset="small")
     split = formats.split(original, policy.max_megapixels)
-    picture = compactor._Picture(split.pixels(), 2)
+    stored = split.pixels()
+    colour = np.ascontiguousarray(stored[:, :, : stored.shape[2] - 1] if stored.shape[2] in (2, 4) else stored)
+    del stored
+    picture = compactor._Picture(colour, 2)
+    del colour
     work = compactor._Compaction(
         original, policy, gate.thresholds("small"), split, picture, 2, _infer, lambda: None, b""
     )
     network = NetworkRef("doubling", b"doubling", 2) if scale == 2 else None
-    work._result(compactor._Way(scale, "4:4:4", network), 30, speed)
+    with contextlib.suppress(formats.DoesNotFit):
+        work._result(compactor._Way(scale, "4:4:4", network), 30, speed)
 
 
 def _infer(_: bytes, pixels: Pixels) -> Pixels:
@@ -97,7 +149,8 @@ def _now(field: str) -> int:
 
 def main() -> None:
     work, width, height = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    speed = int(sys.argv[4]) if len(sys.argv) > 4 else 10
+    kind = sys.argv[4] if len(sys.argv) > 4 else "jpeg"
+    speed = int(sys.argv[5]) if len(sys.argv) > 5 else 10
     torch.set_num_threads(1)
     run: Callable[[], object]
     if work.startswith("rebuild"):
@@ -108,9 +161,7 @@ def main() -> None:
         del small
         run = partial(reconstruction.rebuild, recipe, avif, _infer)
     elif work.startswith("compact"):
-        original = io.BytesIO()
-        _picture(width, height).save(original, "JPEG", quality=92)
-        run = partial(_compaction, original.getvalue(), int(work[-1]), speed)
+        run = partial(_compaction, ORIGINALS[kind](_picture(width, height)), int(work[-1]), speed)
     else:
         pixels = np.asarray(_picture(width, height))
         view = np.clip(pixels, 3, 252)
