@@ -25,7 +25,6 @@ from esrfs import formats
 from esrfs.blob import recipe as recipe_format
 from esrfs.blob.recipe import Recipe
 from esrfs.compaction import compactor, planner
-from esrfs.compaction.compactor import NetworkRef
 from esrfs.compaction.outcome import CHOICES, LOSSLESS, PATIENCES, Policy, Verdict, stored_bytes
 from esrfs.engine import tiles
 from esrfs.engine.lanes import Crossing
@@ -47,10 +46,8 @@ def main() -> None:
     policy = Policy(preset=arguments.preset, patience=arguments.patience, network=arguments.network)
     files = {name: path.read_bytes() for name, path in registry.family(policy.network).items()}
     networks = {hashlib.sha256(data).digest(): loading.load(data) for data in files.values()}
-    references = [
-        NetworkRef(name, digest := hashlib.sha256(data).digest(), networks[digest].scale)
-        for name, data in files.items()
-    ]
+    digests = {name: hashlib.sha256(data).digest() for name, data in files.items()}
+    references = compactor.references({name: (digest, networks[digest].spec) for name, digest in digests.items()})
     crew = tiles.Crew(len(os.sched_getaffinity(0)))
     job = Crossing().enter(0, Lane.COMPACTION)
     seconds_in_networks = [0.0]

@@ -21,19 +21,14 @@ from esrfs.reconstruction import Infer, Pixels
 
 
 def _networks(family: str) -> tuple[list[NetworkRef], Infer]:
-    loaded = {}
-    references = []
-    for name, path in registry.family(family).items():
-        file = path.read_bytes()
-        network = loading.load(file)
-        sha256 = hashlib.sha256(file).digest()
-        loaded[sha256] = network
-        references.append(NetworkRef(name, sha256, network.scale))
+    files = {name: path.read_bytes() for name, path in registry.family(family).items()}
+    digests = {name: hashlib.sha256(data).digest() for name, data in files.items()}
+    loaded = {digests[name]: loading.load(data) for name, data in files.items()}
 
     def infer(sha256: bytes, pixels: Pixels) -> Pixels:
         return tiles.enlarge(loaded[sha256], pixels)
 
-    return references, infer
+    return compactor.references({name: (digest, loaded[digest].spec) for name, digest in digests.items()}), infer
 
 
 def _why(outcome: Outcome) -> str:

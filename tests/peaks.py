@@ -37,6 +37,7 @@ class _Doubling:
     """A network that repeats each pixel."""
 
     scale = 2
+    channels = 3
     margin = 6
     multiple = 1
 

@@ -12,7 +12,7 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -27,12 +27,15 @@ from esrfs.blob import recipe as recipe_format
 from esrfs.blob.carried import Carried
 from esrfs.blob.recipe import Coding, JpegXlCoding, Recipe, Scores, Verbatim
 from esrfs.blob.reference import reference
-from esrfs.compaction import gate, lossless, mosaic, planner
+from esrfs.compaction import gate, lossless, mosaic, planner, shrinking
 from esrfs.compaction import outcome as outcome_format
 from esrfs.compaction.outcome import LOSSLESS, Outcome, Policy, Reason, Verdict
 from esrfs.compaction.planner import Curve, Patience, Trial
+from esrfs.compaction.shrinking import ShrinkerRef
 from esrfs.formats import cells
 from esrfs.metrics.ssimulacra2 import Reference
+from esrfs.networks import registry
+from esrfs.networks.spec import NetworkSpec
 from esrfs.reconstruction import Infer, Plan, ReconstructionError
 
 Pixels = npt.NDArray[np.uint8]
@@ -68,6 +71,23 @@ class NetworkRef:
     sha256: bytes
     """Of its file."""
     scale: int
+    shrinker: ShrinkerRef | None = None
+    """Made for this network."""
+
+
+def references(networks: Mapping[str, tuple[bytes, NetworkSpec]]) -> list[NetworkRef]:
+    """Those of ``networks`` (name → sha256 and description) that enlarge, in their order, each with its shrinker if
+    that is among them."""
+    shrinkers = {
+        name: ShrinkerRef(sha256, spec.margin, int(spec.arguments["reduction"]))
+        for name, (sha256, spec) in networks.items()
+        if spec.architecture == "Shrinker"
+    }
+    return [
+        NetworkRef(name, sha256, spec.scale, shrinkers.get(registry.SHRINKER + name))
+        for name, (sha256, spec) in networks.items()
+        if name not in shrinkers
+    ]
 
 
 @dataclass(frozen=True)
@@ -77,6 +97,7 @@ class _Way:
     scale: int
     subsampling: str
     network: NetworkRef | None = None
+    shrinker: ShrinkerRef | None = None
 
 
 @dataclass
@@ -87,7 +108,9 @@ class _Picture:
     """H×W×3 or H×W×1: colour as stored, without alpha."""
     threads: int = 1
     reference: Reference = field(init=False)
-    _small: dict[int, Image.Image] = field(init=False, default_factory=dict)
+    _small: dict[int, Pixels] = field(init=False, default_factory=dict)
+    _suited: tuple[tuple[ShrinkerRef, int], Image.Image] | None = field(init=False, default=None)
+    """What a shrinker made last, and for which level."""
 
     def __post_init__(self) -> None:
         self.reference = Reference(self.pixels, threads=self.threads)
@@ -100,20 +123,22 @@ class _Picture:
         height, width = self.pixels.shape[:2]
         return Plan(width, height, way.scale, way.network.sha256 if way.network else b"", self.gray)
 
-    def small(self, scale: int) -> Image.Image:
-        """ceil(width / scale) × ceil(height / scale). A side that ``scale`` doesn't divide is continued by its last
-        pixels, so that each small pixel stands for ``scale`` × ``scale`` large ones at its place."""
-        if scale == 1:
+    def small(self, way: _Way, level: int, infer: Infer) -> Image.Image:
+        """As it is encoded at ``level``: ceil(width / scale) × ceil(height / scale)."""
+        if way.scale == 1:
             return _image(self.pixels)  # not kept: it is as large as the picture
-        if scale not in self._small:
-            height, width = self.pixels.shape[:2]
-            pixels = self.pixels
-            if height % scale or width % scale:
-                pixels = np.pad(pixels, ((0, -height % scale), (0, -width % scale), (0, 0)), mode="edge")
-            size = (pixels.shape[1] // scale, pixels.shape[0] // scale)
-            self._small[scale] = _image(pixels).resize(size, Image.Resampling.BICUBIC)
+        if way.scale not in self._small:
+            self._small[way.scale] = shrinking.reduced(self.pixels, way.scale)
             cells.give_memory_back(self.pixels)
-        return self._small[scale]
+        reduced = self._small[way.scale]
+        if way.shrinker is None:
+            return _image(reduced)
+        key = way.shrinker, shrinking.alike(level)
+        if self._suited is None or self._suited[0] != key:
+            self._suited = None
+            suited = shrinking.suited(self.pixels, reduced, key[1], way.shrinker, infer)
+            self._suited = key, _image(suited)
+        return self._suited[1]
 
 
 def compact(
@@ -170,16 +195,23 @@ def _at_a_loss(
     threads = len(os.sched_getaffinity(0))
     picture = _Picture(colour, threads)
     work = _Compaction(original, policy, wanted, split, picture, threads, infer, checkpoint, reference_key)
-    return work.run(_ways(picture, networks))
+    return work.run(_ways(picture, networks, planner.PATIENCE[policy.patience]))
 
 
-def _ways(picture: _Picture, networks: Sequence[NetworkRef]) -> list[_Way]:
+def _ways(picture: _Picture, networks: Sequence[NetworkRef], patience: Patience) -> list[_Way]:
+    chroma = "4:0:0" if picture.gray else "4:4:4"
+    reductions = [
+        _Way(network.scale, chroma, network, shrinker)
+        for network in networks
+        # What a shrinker makes takes fewer bytes for most pictures, not for all.
+        for shrinker in dict.fromkeys((network.shrinker, None) if patience.ways > 1 else (network.shrinker,))
+    ]
     if picture.gray:
-        return [_Way(1, "4:0:0"), *(_Way(network.scale, "4:0:0", network) for network in networks)]
+        return [_Way(1, chroma), *reductions]
     # Small pictures in 4:4:4: their chroma has been halved already. At full resolution 4:2:0 saves up to 4 % of most
     # pictures, and some (dark, saturated) pass at no quality with it.
     full = [_Way(1, "4:4:4"), _Way(1, "4:2:0")]
-    return [*full, *(_Way(network.scale, "4:4:4", network) for network in networks)]
+    return [*full, *reductions]
 
 
 @dataclass(frozen=True)
@@ -248,7 +280,7 @@ class _Compaction:
 
     def _has_hope(self, sample: _Picture, way: _Way) -> bool:
         """Whether it would pass if the codec lost nothing. (Only shrinking does; most pictures can't bear much.)"""
-        small = sample.small(way.scale)
+        small = sample.small(way, planner.HIGHEST, self.infer)
         pixels = np.asarray(small).reshape(small.height, small.width, -1)
         return self._headroom(sample, reconstruction.enlarge(sample.plan(way), pixels, self.infer)) >= 0
 
@@ -258,7 +290,7 @@ class _Compaction:
     def _try(self, sample: _Picture, way: _Way, level: int) -> Trial:
         """One level on the mosaic."""
         self.checkpoint()
-        avif = encode_avif(sample.small(way.scale), planner.quality(level), way.subsampling, _FAST)
+        avif = encode_avif(sample.small(way, level, self.infer), planner.quality(level), way.subsampling, _FAST)
         rebuilt = self._rebuild(sample, way, avif)
         return Trial(level, self._headroom(sample, rebuilt), len(avif))
 
@@ -293,7 +325,9 @@ class _Compaction:
 
     def _result(self, way: _Way, level: int, speed: int) -> _Result:
         self.checkpoint()
-        avif = encode_avif(self.picture.small(way.scale), planner.quality(level), way.subsampling, speed)
+        small = self.picture.small(way, level, self.infer)
+        avif = encode_avif(small, planner.quality(level), way.subsampling, speed)
+        del small
         cells.give_memory_back(self.picture.pixels)
         pixels = self._rebuild(self.picture, way, avif)
         self.checkpoint()

@@ -19,7 +19,6 @@ from PIL import Image
 from esrfs import formats, reconstruction
 from esrfs.blob import recipe as recipe_format
 from esrfs.compaction import compactor
-from esrfs.compaction.compactor import NetworkRef
 from esrfs.compaction.outcome import Outcome, Reason, Verdict
 from esrfs.engine import protocol, room, tiles
 from esrfs.engine.errors import DeviceFailedError, JobFailedError
@@ -33,7 +32,7 @@ Pixels = npt.NDArray[np.uint8]
 
 log = logging.getLogger("esrfs.engine.handler")
 
-_NETWORKS_KEPT = 4
+_NETWORKS_KEPT = 8
 _UPSCALE_MEGAPIXELS = 100.0
 """Of the input of ``esrfs upscale``."""
 _ACCELERATOR_TILE = 1024
@@ -72,9 +71,9 @@ class NetworkHandler:
 
     def compact(self, request: protocol.Compact, original: bytes, job: Running) -> Outcome:
         try:
-            networks = [
-                NetworkRef(name, sha256, self._network(sha256).scale) for name, sha256 in request.networks.items()
-            ]
+            networks = compactor.references(
+                {name: (sha256, self._network(sha256).spec) for name, sha256 in request.networks.items()}
+            )
             return compactor.compact(
                 original,
                 request.policy,

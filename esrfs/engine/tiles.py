@@ -37,6 +37,7 @@ class Network(Protocol):
     """As ``networks.loading.Network``."""
 
     scale: int
+    channels: int
     margin: int
     multiple: int
 
@@ -93,13 +94,13 @@ def in_turn(tasks: list[Callable[[], None]]) -> None:
 
 
 def enlarge(network: Network, pixels: Pixels, spread: Spread = in_turn, size: int = TILE) -> Pixels:
-    """H×W×3 uint8 RGB → (H·scale)×(W·scale)×3 uint8, on a ``formats.canvas``.
+    """H×W×channels uint8 (RGB, for all but shrinkers) → (H·scale)×(W·scale)×3 uint8, on a ``formats.canvas``.
 
     Raises ValueError for another shape or type, and whatever the network or ``spread`` raise.
     """
     height, width, channels = pixels.shape
-    if channels != 3 or pixels.dtype != np.uint8:
-        raise ValueError(f"a network takes H×W×3 bytes, not {pixels.shape} of {pixels.dtype}")
+    if channels != network.channels or pixels.dtype != np.uint8:
+        raise ValueError(f"this network takes H×W×{network.channels} bytes, not {pixels.shape} of {pixels.dtype}")
     scale = network.scale
     result = formats.canvas(height * scale, width * scale)
 

@@ -190,14 +190,17 @@ def _compact(trial: Trial) -> list[Result]:
     data, original = _load(trial.picture)
     height, width = original.pixels.shape[:2]
     ((name, made_by),) = trial.grows
-    sha256, network = _network(name)
+    networks = {member: _network(member) for member in registry.family(name)}
+    by_sha256 = dict(networks.values())
 
-    def infer(_: bytes, small: Pixels) -> Pixels:
-        return tiles.enlarge(network, small)
+    def infer(sha256: bytes, pixels: Pixels) -> Pixels:
+        return tiles.enlarge(by_sha256[sha256], pixels)
 
-    reference = compactor.NetworkRef(name, sha256, network.scale)
+    references = compactor.references(
+        {member: (sha256, network.spec) for member, (sha256, network) in networks.items()}
+    )
     policy = Policy(preset=trial.setting, network=name, max_megapixels=MAX_MEGAPIXELS)
-    outcome, store_seconds = _timed(lambda: compactor.compact(data, policy, [reference], infer))
+    outcome, store_seconds = _timed(lambda: compactor.compact(data, policy, references, infer))
     size, note, measured, restore_seconds = None, f"{outcome.reason}: {outcome.message}", {}, 0.0
     if outcome.verdict == Verdict.COMPACTED:
         recipe = recipe_format.decode(outcome.recipe)

@@ -1,12 +1,13 @@
-"""The two architectures of Real-ESRGAN, written out so that official state dicts load by name and shape.
+"""The two architectures of Real-ESRGAN, written out so that official state dicts load by name and shape; and the one
+that makes pictures small.
 
 Layouts follow xinntao/Real-ESRGAN and BasicSR (which no longer import on today's torch). Beside forward, each class has
-``scale``; ``multiple`` (height and width of the input must be multiples of it); ``margin`` (input pixels on each
-side that an output pixel visibly depends on; for SRVGGNetCompact all that it depends on); and ``packed`` (the
-output before its pixel shuffle, so that inference can round to bytes before it moves them: four times less memory
-traffic).
+``scale``; ``channels`` (of the input); ``multiple`` (height and width of the input must be multiples of it); ``margin``
+(input pixels on each side that an output pixel visibly depends on; for all but RRDBNet all that it depends on); and
+``packed`` (the output before its pixel shuffle, so that inference can round to bytes before it moves them: four times
+less memory traffic).
 
-Tensors are float, N×3×H×W, RGB in 0 to 1 as sRGB is coded; the output is not clipped.
+Tensors are float, N×channels×H×W, RGB in 0 to 1 as sRGB is coded; the output has 3 channels and is not clipped.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class SRVGGNetCompact(nn.Module):
         """``num_conv`` counts the inner convolutions: there is one more before and one after them."""
         super().__init__()
         self.scale = upscale
+        self.channels = 3
         self.multiple = 1
         self.margin = num_conv + 2
         activation = _ACTIVATIONS[act_type]
@@ -103,6 +105,7 @@ class RRDBNet(nn.Module):
     def __init__(self, num_feat: int = 64, num_block: int = 23, num_grow_ch: int = 32, scale: int = 4) -> None:
         super().__init__()
         self.scale = scale
+        self.channels = 3
         self.multiple = {1: 4, 2: 2}.get(scale, 1)
         # The radius in unshuffled pixels is 15 for each block + 4, 349 for 23 blocks: more than a tile. Residual
         # scaling (0.2 of 0.2) makes what lies far away count for nothing that bytes show, so the margin stops at
@@ -134,12 +137,55 @@ class RRDBNet(nn.Module):
         return F.pixel_unshuffle(self(x), self.scale)
 
 
-Model = SRVGGNetCompact | RRDBNet
+class Shrinker(nn.Module):
+    """Changes a picture that was made small, so that a certain network makes more of it for its bytes: a one-pass
+    stand-in for refinement (``compaction/refine.py``).
+
+    For each pixel of the small picture it sees that pixel (3 channels), the ``reduction``² pixels of the large one for
+    which it stands (3 · reduction², in the order of :func:`torch.pixel_unshuffle`), and the codec's level of quality
+    (1 channel: level / 255). The result is the small picture, changed by a few shades.
+    """
+
+    def __init__(self, num_feat: int = 32, num_conv: int = 4, reduction: int = 2) -> None:
+        super().__init__()
+        self.scale = 1
+        self.multiple = 1
+        self.margin = num_conv + 2
+        self.reduction = reduction
+        self.channels = 3 * reduction**2 + 4
+        self.head = nn.Conv2d(3 * reduction**2 + 1, num_feat, 3, 1, 1)
+        self.body = nn.ModuleList(nn.Conv2d(num_feat, num_feat, 3, 1, 1) for _ in range(num_conv))
+        self.act = nn.ModuleList(nn.PReLU(num_feat) for _ in range(num_conv + 1))
+        self.tail = nn.Conv2d(num_feat, 3, 3, 1, 1)
+        for parameter in self.tail.parameters():
+            nn.init.zeros_(parameter)  # a new one changes nothing
+
+    def packed(self, x: Tensor) -> Tensor:
+        large, small, level = torch.split(x, [3 * self.reduction**2, 3, 1], 1)
+        # What the small picture lacks, about as strong as the weights like it; and the level, about -1 to 1.
+        detail = (large - small.repeat_interleave(self.reduction**2, 1)) * 4
+        quality = (42 - level * 255) / 48
+        features: Tensor = self.act[0](self.head(torch.cat((detail, quality), 1)))
+        for convolution, activation in zip(self.body, list(self.act)[1:], strict=True):
+            features = features + activation(convolution(features)) * 0.5
+        result: Tensor = small + self.tail(features) * (4 / 255)
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N×channels×H×W → N×3×H×W."""
+        return self.packed(x)
+
+
+Model = SRVGGNetCompact | RRDBNet | Shrinker
 
 
 def build(architecture: str, arguments: dict[str, int | str]) -> Model:
     """A network with random weights. Raises ValueError for an unknown architecture, or arguments it doesn't take."""
-    constructors: dict[str, Callable[..., Model]] = {"SRVGGNetCompact": SRVGGNetCompact, "RRDBNet": RRDBNet}
+    constructors: dict[str, Callable[..., Model]] = {
+        "SRVGGNetCompact": SRVGGNetCompact,
+        "RRDBNet": RRDBNet,
+        "Shrinker": Shrinker,
+    }
     constructor = constructors.get(architecture)
     if constructor is None:
         raise ValueError(f"this esrfs knows no architecture {architecture!r}")

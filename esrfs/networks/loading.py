@@ -32,6 +32,7 @@ class Network:
     def __init__(self, description: NetworkSpec, model: architectures.Model, device: torch.device) -> None:
         self.spec = description
         self.scale = description.scale
+        self.channels = model.channels
         self.margin = description.margin
         self.multiple = description.multiple
         self.device = device
@@ -39,13 +40,13 @@ class Network:
         channels_last(self._model)
 
     def __call__(self, tiles: Pixels) -> Pixels:
-        """N×H×W×3 uint8 RGB → N×(H·scale)×(W·scale)×3 uint8, contiguous.
+        """N×H×W×channels uint8 (RGB, for all but shrinkers) → N×(H·scale)×(W·scale)×3 uint8, contiguous.
 
         No tiling here: memory is about 300 bytes for each input pixel with 32 channels, 600 with 64.
         """
         count, height, width, channels = tiles.shape
-        if channels != 3 or tiles.dtype != np.uint8:
-            raise ValueError(f"a network takes N×H×W×3 bytes, not {tiles.shape} of {tiles.dtype}")
+        if channels != self.channels or tiles.dtype != np.uint8:
+            raise ValueError(f"this network takes N×H×W×{self.channels} bytes, not {tiles.shape} of {tiles.dtype}")
         s = self.scale
         with torch.inference_mode():
             # NHWC seen as NCHW is torch's channels_last: nothing moves.

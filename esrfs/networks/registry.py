@@ -4,6 +4,8 @@ imports torch.
 A network's name is its file's name without suffix: ``lite-x2`` is ``lite-x2.safetensors``. Shipped networks lie in
 the wheel (``esrfs/weights``) or, in a checkout, in ``weights/`` beside the package. Added and downloaded ones lie
 in ``$XDG_DATA_HOME/esrfs/weights``. One name means one network: what is shipped or official can't be shadowed.
+
+A network that makes pictures small for another is called ``shrink-`` and the other's name: ``shrink-lite-x2``.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from esrfs.networks import spec
 from esrfs.networks.spec import NetworkSpec
 
 SUFFIXES = (".safetensors", ".pth")
+
+SHRINKER = "shrink-"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _CHUNK = 1 << 18
@@ -96,9 +100,14 @@ def find(name: str) -> Path:
 
 def family(name: str) -> dict[str, Path]:
     """The files of the networks that a policy's ``network`` means, by name: NAME-x1 to NAME-x4 as far as they are here,
-    or else the one called NAME. Raises WeightsError when there is none."""
+    or else the one called NAME; and the shrinkers made for them. Raises WeightsError when there is none."""
+    if name.startswith(SHRINKER):
+        enlarges = name.removeprefix(SHRINKER)
+        raise WeightsError(f"{name} makes pictures small; name the network that enlarges them, {enlarges}")
     found = {member: path for scale in range(1, 5) if (path := _anywhere(member := f"{name}-x{scale}")) is not None}
-    return found or {name: find(name)}
+    found = found or {name: find(name)}
+    shrinkers = {SHRINKER + member: _anywhere(SHRINKER + member) for member in found}
+    return found | {member: path for member, path in shrinkers.items() if path is not None}
 
 
 def listing() -> list[Listed]:

@@ -12,7 +12,7 @@ import msgspec
 
 METADATA_KEY = "esrfs"
 
-Architecture = Literal["SRVGGNetCompact", "RRDBNet"]
+Architecture = Literal["SRVGGNetCompact", "RRDBNet", "Shrinker"]
 
 
 class NetworkSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,7 +22,7 @@ class NetworkSpec(msgspec.Struct, frozen=True, kw_only=True):
     arguments: dict[str, int | str]
     """What the architecture's constructor takes."""
     scale: int
-    """1 to 4: output pixels for each input pixel, in both directions."""
+    """1 to 4: output pixels for each input pixel, in both directions. A shrinker works on what was made small, so 1."""
     margin: int
     """Input pixels around a tile that its output depends on (receptive-field radius): with so many on each side, tiles
     join without a trace. A multiple of ``multiple``."""
