@@ -78,6 +78,24 @@ def test_settings_that_contradict_themselves_are_refused_in_words(change: str, m
         settings.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('enlarger = "lite-x2"', "", "say which"),
+        ("versions = 2", "versions = 0", "one coded version"),
+        ("rate = 0.3", "", "nothing else"),
+        ("l1 = 0", "l1 = 1", "nothing else"),
+        ("patch = 64", "patch = 60", "multiple of 8"),
+        ('"Shrinker"', '"RRDBNet"', "only a shrinker"),
+    ],
+)
+def test_settings_of_shrinkers(old: str, new: str, message: str) -> None:
+    text = (registry.shipped_directory() / "training" / "shrink-lite-x2.toml").read_text()
+    assert settings.parse(text).scale == 2
+    with pytest.raises(TrainingError, match=message):
+        settings.parse(text.replace(old, new, 1))
+
+
 def test_all_shipped_settings_can_be_read() -> None:
     found = sorted((registry.shipped_directory() / "training").glob("*.toml"))
     assert found

@@ -325,6 +325,41 @@ def test_curves(make_inputs: Callable[[Training], loop.Inputs], tmp_path: Path) 
         assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 20, "something is drawn"
 
 
+SHRINKING = Training(
+    architecture="Shrinker",
+    arguments={"num_feat": 8, "num_conv": 1, "reduction": 2},
+    enlarger="lite-x2",
+    degradation=StoreDegradation(versions=2),
+    stages=[Stage(name="shrink-x2", steps=30, batch=2, patch=32, warm_up=2, l1=0, ssimulacra2=1, rate=0.3)],
+    validation=1,
+    validate_every=30,
+    log_every=5,
+)
+
+
+def test_a_shrinker_learns(make_inputs: Callable[[Training], loop.Inputs], tmp_path: Path) -> None:
+    """It begins by changing nothing, stopped and resumed it learns the same, and its file makes pictures small."""
+    lite = loading.load((Path(__file__).resolve().parents[1] / "weights" / "lite-x2.safetensors").read_bytes())
+    inputs = msgspec.structs.replace(make_inputs(SHRINKING), enlarger=lite, enlarger_sha256="0")
+    straight = loop.train(SHRINKING, inputs, tmp_path / "straight")
+    losses = [loss for until in (13, None) for loss in loop.train(SHRINKING, inputs, tmp_path / "again", until=until)]
+    assert losses == straight
+    assert straight[0]["rate"] == pytest.approx(1)
+    worth = [loss["ssimulacra2"] + 0.3 * loss["rate"] for loss in straight]
+    assert np.mean(worth[-8:]) < np.mean(worth[:8])
+    (measured,) = (entry.validation for entry in log.read(tmp_path / "straight" / "log.jsonl") if entry.validation)
+    assert set(measured) == {"bytes", "points", "equal"}
+    assert "at the same score" in (tmp_path / "straight" / "shrink-x2.md").read_text()
+    shrinker = loading.load((tmp_path / "straight" / "shrink-x2.safetensors").read_bytes())
+    assert (shrinker.spec.architecture, shrinker.channels) == ("Shrinker", 16)
+    full = inputs.learn[0].full
+    plain, shrunk = (measure.measure(lite, full, 44, shrinker=used) for used in (None, shrinker))
+    assert plain != shrunk and shrunk.bytes == pytest.approx(plain.bytes, rel=0.1)
+    other = msgspec.structs.replace(inputs, enlarger_sha256="1")
+    with pytest.raises(TrainingError, match="other photographs or starting weights"):
+        loop.train(SHRINKING, other, tmp_path / "straight")
+
+
 def test_measuring_bytes() -> None:
     curve = [(40.0, 100), (60.0, 400)]
     assert measure.bytes_at(curve, 50) == pytest.approx(200)

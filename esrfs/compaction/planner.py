@@ -18,9 +18,9 @@ LEVELS = 64
 """AV1 codecs know 64 qualities; Pillow's 0 to 100 maps several numbers to one. Level 0 is the worst."""
 LOWEST, HIGHEST = 3, 61
 """Levels that are tried. At the highest an AVIF is about as large as the JPEG that it replaces."""
-_POINTS_PER_LEVEL = 1.2
+POINTS_PER_LEVEL = 1.2
 """How much one level adds to the score, before two trials of the picture itself tell."""
-_GROWTH = 1.05
+GROWTH = 1.05
 """What one level more multiplies the size by; likewise."""
 _MARGIN = 0.5
 """Points that the first trial of the whole picture aims at: a mosaic's curve is that much off, mostly, and a second
@@ -85,7 +85,7 @@ class Curve:
     def slope(self) -> float:
         """Points per level where the headroom is 0."""
         if len(self.trials) < 2:
-            return _POINTS_PER_LEVEL
+            return POINTS_PER_LEVEL
         first, second = sorted(self.trials, key=lambda trial: abs(trial.headroom))[:2]
         return min(max((first.headroom - second.headroom) / (first.level - second.level), 0.2), 5.0)
 
@@ -93,7 +93,7 @@ class Curve:
     def size(self) -> float:
         """Bytes where the headroom is 0."""
         near = self._nearest()
-        growth = _GROWTH
+        growth = GROWTH
         others = [trial for trial in self.trials if trial.level != near.level]
         if others:
             other = min(others, key=lambda trial: abs(trial.headroom))
@@ -147,7 +147,7 @@ def confirm(attempt: Attempt, curve: Curve, patience: Patience, largest: float =
         missing = -trial.headroom / curve.slope  # levels; negative: to spare
         if len(trials) == patience.passes or (passed and trial.headroom < patience.content):
             break
-        if not passed and trial.size * _GROWTH**missing > largest:
+        if not passed and trial.size * GROWTH**missing > largest:
             break
         step = math.ceil(missing + _MARGIN / curve.slope) if passed else max(1, math.ceil(missing + 0.2))
         level = min(max(level + step, below + 1), above - 1, HIGHEST)

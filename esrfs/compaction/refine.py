@@ -138,15 +138,20 @@ class _Tile:
 
 
 def rate(picture: Tensor, sigma: float) -> Tensor:
-    """About the bits of each coefficient of a picture (1×3×h×w, RGB in 0 to 1) that is coded with errors of root mean
-    square ``sigma`` (in 0 to 1): a scalar."""
-    matrix, transform = _ycbcr(picture.device), _dct(picture.device)
-    height, width = picture.shape[2:]
-    picture = F.pad(picture, (0, -width % 8, 0, -height % 8), mode="replicate")
-    planes = torch.einsum("ij,njhw->nihw", matrix, picture)
+    """As :func:`rates`, of one picture (1×3×h×w): a scalar."""
+    return rates(picture, torch.tensor([sigma], device=picture.device))[0]
+
+
+def rates(pictures: Tensor, sigma: Tensor) -> Tensor:
+    """About the bits of each coefficient of pictures (N×3×h×w, RGB in 0 to 1) that are coded with errors of root mean
+    square ``sigma`` (N, in 0 to 1): N."""
+    matrix, transform = _ycbcr(pictures.device), _dct(pictures.device)
+    height, width = pictures.shape[2:]
+    pictures = F.pad(pictures, (0, -width % 8, 0, -height % 8), mode="replicate")
+    planes = torch.einsum("ij,njhw->nihw", matrix, pictures)
     blocks = planes.unfold(2, 8, 8).unfold(3, 8, 8)
     coefficients = transform @ blocks @ transform.T
-    return torch.log2(1 + coefficients.abs() / (2.5 * sigma)).mean()
+    return torch.log2(1 + coefficients.abs() / (2.5 * sigma.view(-1, 1, 1, 1, 1, 1))).mean((1, 2, 3, 4, 5))
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from esrfs.exit_codes import ExitCode
 from esrfs.networks import loading, registry
 from esrfs.networks.registry import WeightsError
-from esrfs.train import curves, features, loop, photographs, settings
+from esrfs.train import curves, features, log, loop, photographs, settings
 from esrfs.train.settings import Training, TrainingError
 
 
@@ -57,7 +57,9 @@ def main(  # noqa: PLR0917 (typer calls it by name)
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns) as bars:
-        inputs = _inputs(training, data, cache or platformdirs.user_cache_path("esrfs") / "training", vgg19, bars)
+        inputs = _inputs(
+            training, data, cache or platformdirs.user_cache_path("esrfs") / "training", vgg19, bars, device=chosen
+        )
         if inputs.perceptual is not None:
             bars.console.print(f"perceptual loss: {inputs.perceptual.description}")
         task = bars.add_task(f"training {training.stages[-1].name}", total=total, note="")
@@ -73,10 +75,7 @@ def main(  # noqa: PLR0917 (typer calls it by name)
 
         def validated(step: int, figures: dict[str, float]) -> None:
             note = " ".join(f"{name} {recent[name]:.5f}" for name in recent)
-            bars.console.print(
-                f"step {step}: {note}; set aside: Y-PSNR {figures['psnr']:.2f} dB ({figures['gain']:+.2f} over "
-                f"bicubic), SSIMULACRA2 {figures['ssimulacra2']:.2f}"
-            )
+            bars.console.print(f"step {step}: {note}; set aside: {log.in_words(figures)}")
 
         loop.train(
             training,
@@ -98,7 +97,9 @@ def main(  # noqa: PLR0917 (typer calls it by name)
         typer.echo(f"stopped at step {finished} of {total}; the same command goes on from here")
 
 
-def _inputs(training: Training, data: Path, cache: Path, vgg19: Path | None, bars: Progress) -> loop.Inputs:
+def _inputs(
+    training: Training, data: Path, cache: Path, vgg19: Path | None, bars: Progress, *, device: torch.device
+) -> loop.Inputs:
     aside, learn = photographs.set_aside(photographs.find(data), training.validation)
     task = bars.add_task("reading photographs", total=len(aside) + len(learn), note="")
     loaded = [photographs.load(each, training, cache, lambda: bars.advance(task)) for each in (learn, aside)]
@@ -108,8 +109,23 @@ def _inputs(training: Training, data: Path, cache: Path, vgg19: Path | None, bar
         data_of_start = (path if path.suffix else registry.find(training.start)).read_bytes()
         start = loading.read(data_of_start)[1]
         bars.console.print(f"begins with {training.start}, sha256 {hashlib.sha256(data_of_start).hexdigest()[:16]}…")
+    enlarger, enlarger_sha256 = None, ""
+    if training.enlarger:
+        path = Path(training.enlarger)
+        content = (path if path.suffix else registry.find(training.enlarger)).read_bytes()
+        enlarger, enlarger_sha256 = loading.load(content, device=device), hashlib.sha256(content).hexdigest()
+        if enlarger.scale != training.scale or enlarger.spec.architecture == "Shrinker":
+            raise TrainingError(f"{training.enlarger} does not enlarge by {training.scale}")
+        bars.console.print(f"made for {training.enlarger}, sha256 {enlarger_sha256[:16]}…")
     perceptual = features.build(vgg19) if any(stage.features for stage in training.stages) else None
-    return loop.Inputs(learn=loaded[0], aside=loaded[1], start=start, perceptual=perceptual)
+    return loop.Inputs(
+        learn=loaded[0],
+        aside=loaded[1],
+        start=start,
+        perceptual=perceptual,
+        enlarger=enlarger,
+        enlarger_sha256=enlarger_sha256,
+    )
 
 
 def _device(name: str) -> torch.device:

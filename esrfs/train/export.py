@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from esrfs.networks import architectures, loading
 from esrfs.networks.spec import NetworkSpec
 from esrfs.train import log
-from esrfs.train.settings import Degradation, RealEsrganDegradation, Stage, Training
+from esrfs.train.settings import RealEsrganDegradation, Stage, Training
 
 
 def describe(training: Training, stage: int, steps: int) -> NetworkSpec:
@@ -29,7 +29,7 @@ def describe(training: Training, stage: int, steps: int) -> NetworkSpec:
         margin=model.margin,
         multiple=model.multiple,
         licence=training.licence,
-        degradation=degradation_in_words(training.degradation, training.scale),
+        degradation=degradation_in_words(training),
         training={
             "steps": sum(before.steps for before in training.stages[:stage]) + steps,
             "seed": training.seed,
@@ -42,7 +42,8 @@ def describe(training: Training, stage: int, steps: int) -> NetworkSpec:
     )
 
 
-def degradation_in_words(degradation: Degradation, scale: int) -> str:
+def degradation_in_words(training: Training) -> str:
+    degradation, scale = training.degradation, training.scale
     if isinstance(degradation, RealEsrganDegradation):
         times = "twice" if degradation.second_order else "once"
         return f"blur, resizing, noise and JPEG {times}, then a sinc filter (Real-ESRGAN), ÷{scale}"
@@ -50,6 +51,8 @@ def degradation_in_words(degradation: Degradation, scale: int) -> str:
     if not degradation.versions:
         return f"{shrunk}, clean"
     low, high = degradation.levels
+    if training.enlarger:
+        return f"{shrunk} for {training.enlarger}, with the noise of AVIF 4:4:4 at levels {low} to {high}"
     return (
         f"{shrunk}, {degradation.versions} of {degradation.versions + 1} then through AVIF 4:4:4 as in compaction, at "
         f"levels {low} to {high}"
@@ -60,6 +63,7 @@ def loss_in_words(stage: Stage) -> str:
     weights = {
         "L1": stage.l1,
         "(100 - SSIMULACRA2) / 100": stage.ssimulacra2,
+        "bits / bits before": stage.rate,
         "features": stage.features,
         f"relativistic average GAN ({stage.discriminator})": stage.adversarial,
     }
@@ -136,8 +140,7 @@ def card(
         lines += [
             "",
             f"On the middle of {training.validation} photographs that were set aside, all versions, after "
-            f"{measured[-1].step:,} steps: Y-PSNR {figures['psnr']:.2f} dB ({figures['gain']:+.2f} dB over bicubic), "
-            f"SSIMULACRA2 {figures['ssimulacra2']:.2f}.",
+            f"{measured[-1].step:,} steps: {log.in_words(figures)}.",
         ]
     return "\n".join(lines) + "\n"
 

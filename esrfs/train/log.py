@@ -21,8 +21,20 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Means over the steps since the line before."""
     rate: float = 0.0
     validation: dict[str, float] = {}
-    """``psnr`` and ``gain`` (dB of luma, and what of it is more than bicubic's), ``ssimulacra2``; of the averaged
-    weights, on the photographs that were set aside."""
+    """See ``validation.measure``; of the averaged weights, on the photographs that were set aside."""
+
+
+def in_words(figures: dict[str, float]) -> str:
+    """An entry's ``validation``."""
+    if "points" in figures:
+        return (
+            f"{figures['bytes']:+.1f} % bytes and {figures['points']:+.2f} points of SSIMULACRA2 at the same level, "
+            f"about {figures['equal']:+.1f} % bytes at the same score"
+        )
+    return (
+        f"Y-PSNR {figures['psnr']:.2f} dB ({figures['gain']:+.2f} dB over bicubic), SSIMULACRA2 "
+        f"{figures['ssimulacra2']:.2f}"
+    )
 
 
 def read(path: Path) -> list[Entry]:

@@ -27,7 +27,7 @@ from torch.nn import functional as F  # noqa: N812 (torch's own convention)
 
 from esrfs.metrics.differentiable import ssimulacra2
 from esrfs.networks import architectures, loading
-from esrfs.train import discriminators, export, log, validation
+from esrfs.train import discriminators, export, log, shrinking, validation
 from esrfs.train.features import PerceptualLoss
 from esrfs.train.photographs import Batch, Photograph, draw_batch, smallest_side
 from esrfs.train.settings import Stage, Training, TrainingError
@@ -46,6 +46,9 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     """Weights to begin with; None: random ones."""
     perceptual: PerceptualLoss | None = None
     """Needed where a stage asks for features."""
+    enlarger: loading.Network | None = None
+    """What a shrinker is made for."""
+    enlarger_sha256: str = ""
 
     def fingerprint(self) -> str:
         contents = b"".join(photograph.content for photograph in (*self.learn, *self.aside))
@@ -54,6 +57,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
             digest.update(name.encode() + value.float().contiguous().numpy().tobytes())
         if self.perceptual is not None:
             digest.update(self.perceptual.description.encode())
+        digest.update(self.enlarger_sha256.encode())
         return digest.hexdigest()
 
 
@@ -203,7 +207,7 @@ def train(
         while state.total < end:
             if state.step == state.settings.steps:
                 state.next_stage()
-            losses.append(_step(training, state, next(batches), perceptual))
+            losses.append(_step(training, state, next(batches), perceptual, inputs.enlarger))
             unlogged.append(losses[-1])
             done = state.total
             progress(done, losses[-1])
@@ -218,7 +222,7 @@ def train(
                 entries.append(_entry(state, losses=_means(unlogged), rate=rate))
                 unlogged = []
             if inputs.aside and (done % training.validate_every == 0 or over):
-                figures = validation.measure(training, state.average, inputs.aside, device)
+                figures = validation.measure(training, state.average, inputs.aside, device, inputs.enlarger)
                 entries.append(_entry(state, validation=figures))
                 validated(done, figures)
             log.append(journal, entries)
@@ -255,7 +259,8 @@ def _batches(
     stages = [stage for stage in training.stages for _ in range(stage.steps)]
 
     def draw(step: int) -> Batch:
-        return draw_batch(photographs, training, stages[step], np.random.default_rng([training.seed, 1, step]))
+        drawing = shrinking.draw_batch if training.architecture == "Shrinker" else draw_batch
+        return drawing(photographs, training, stages[step], np.random.default_rng([training.seed, 1, step]))
 
     def each() -> Iterator[Batch]:
         ahead: deque[Future[Batch]] = deque()
@@ -278,7 +283,13 @@ def _tensor(pixels: np.ndarray, device: torch.device) -> Tensor:
     return x.permute(0, 3, 1, 2).float().div_(255)  # NHWC permuted is channels_last already
 
 
-def _step(training: Training, state: _State, batch: Batch, perceptual: PerceptualLoss | None) -> dict[str, float]:
+def _step(
+    training: Training,
+    state: _State,
+    batch: Batch,
+    perceptual: PerceptualLoss | None,
+    enlarger: loading.Network | None,
+) -> dict[str, float]:
     stage = state.settings
     device = next(state.model.parameters()).device
     small, full = _tensor(batch.small, device), _tensor(batch.full, device)
@@ -288,27 +299,30 @@ def _step(training: Training, state: _State, batch: Batch, perceptual: Perceptua
             group["lr"] = rate
     if state.critic is not None:
         state.critic.requires_grad_(False)
-    with _precision(training, device):
-        rebuilt = state.model(small)
-    rebuilt = rebuilt.float()
     terms: dict[str, Tensor] = {}
-    total = torch.zeros((), device=device)
-    if stage.l1:
-        terms["l1"] = F.l1_loss(rebuilt, full)
-        total = total + stage.l1 * terms["l1"]
-    if stage.ssimulacra2:
-        terms["ssimulacra2"] = (100 - ssimulacra2(full, rebuilt)).mean() / 100
-        total = total + stage.ssimulacra2 * terms["ssimulacra2"]
+    """By the names of their weights in the stage."""
+    rebuilt = full
+    if enlarger is not None:
+        generator = torch.Generator().manual_seed(training.seed * 1_000_003 + state.total)
+        noise = shrinking.noise(batch, device)
+        terms = shrinking.losses(state.model, enlarger.differentiable, small, full, noise=noise, generator=generator)
+    else:
+        with _precision(training, device):
+            rebuilt = state.model(small)
+        rebuilt = rebuilt.float()
+        if stage.l1:
+            terms["l1"] = F.l1_loss(rebuilt, full)
+        if stage.ssimulacra2:
+            terms["ssimulacra2"] = (100 - ssimulacra2(full, rebuilt)).mean() / 100
     if stage.features:
         assert perceptual is not None
         with _precision(training, device):
             terms["features"] = perceptual(rebuilt, full).float()
-        total = total + stage.features * terms["features"]
     if state.critic is not None:
         with _precision(training, device):
             real, fake = state.critic(full), state.critic(rebuilt)
         terms["adversarial"] = discriminators.relativistic(fake.float(), real.float())
-        total = total + stage.adversarial * terms["adversarial"]
+    total = torch.stack([getattr(stage, name) * term for name, term in terms.items()]).sum()
     state.optimizer.zero_grad(set_to_none=True)
     total.backward()  # type: ignore[no-untyped-call]
     state.optimizer.step()

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from esrfs.compaction import refine
+from esrfs.compaction import refine, shrinking
 from esrfs.metrics.fidelity import y_psnr
 from esrfs.metrics.ssimulacra2 import Reference
 from esrfs.networks import loading
@@ -48,15 +48,18 @@ def measure(
     reference: Reference | None = None,
     *,
     refined: bool = False,
+    shrinker: loading.Network | None = None,
 ) -> Gain:
     """Shrink ``full`` (H×W×3), send it through AVIF at one of the planner's levels (None: clean), enlarge it by bicubic
     and by the network. ``reference`` is of ``full``, if the scale divides its sides and it is at hand already;
-    ``refined``: the small picture is refined before it is coded."""
+    ``refined``: the small picture is refined before it is coded; ``shrinker``: changes it before that."""
     full = _divisible(full, network.scale)
     height, width = full.shape[:2]
     small = shrink(full, network.scale)
     size = 0
     if level is not None:
+        if shrinker is not None:
+            small = shrinker(shrinking.pack(full, small, network.scale, shrinking.alike(level))[None])[0]
         avif = code(small, level)
         if refined:
             small = _refined(network, full, small, decode(avif))
@@ -111,10 +114,12 @@ def main(  # noqa: PLR0917 (typer calls it by name)
     refined: Annotated[
         bool, typer.Option("--refine", help="Refine small pictures before they are coded (slow).")
     ] = False,
+    shrinker: Annotated[Path | None, typer.Option(help="The weights file of a shrinker to use.")] = None,
     threads: int = 1,
 ) -> None:
     torch.set_num_threads(threads)
     network = loading.load(weights.read_bytes(), name=weights.stem)
+    shrinks = loading.load(shrinker.read_bytes()) if shrinker is not None else None
     pictures = find(folder)
     levels: list[int | None] = [None, *level]
     gains: dict[int | None, list[Gain]] = {step: [] for step in levels}
@@ -128,7 +133,7 @@ def main(  # noqa: PLR0917 (typer calls it by name)
         reference = Reference(full)
         curve = plain_avif(full, reference) if plain else []
         for step in levels:
-            gain = measure(network, full, step, reference, refined=refined)
+            gain = measure(network, full, step, reference, refined=refined, shrinker=shrinks)
             gains[step].append(gain)
             if curve and gain.bytes and (other := bytes_at(curve, gain.score)):
                 ratios[step].append(gain.bytes / other)

@@ -28,13 +28,19 @@ class Photograph(msgspec.Struct, frozen=True):
     small: tuple[Pixels, ...]
     """Versions of the downscaled picture, (H/scale)×(W/scale)×3: clean first, then coded ones. Empty where the
     degradation is drawn anew for each patch."""
+    levels: tuple[int, ...] = ()
+    """The codec's, of the coded versions."""
 
 
 class Batch(msgspec.Struct, frozen=True):
     small: Pixels
-    """N×patch×patch×3."""
+    """N×patch×patch×3; for a shrinker as ``compaction.shrinking.pack`` packs it."""
     full: Pixels
     """N×(patch·scale)×(patch·scale)×3."""
+    error: npt.NDArray[np.float32] | None = None
+    """For a shrinker: what the codec changed, shades, N×patch×patch×3."""
+    sigma: npt.NDArray[np.float32] | None = None
+    """For a shrinker: its root mean square over the whole photograph, N."""
 
 
 def find(folder: Path) -> list[Path]:
@@ -75,13 +81,13 @@ def load(
         full = np.ascontiguousarray(full[: full.shape[0] // scale * scale, : full.shape[1] // scale * scale])
         content = hashlib.sha256(full.tobytes()).digest()
         small: tuple[Pixels, ...] = ()
+        levels: tuple[int, ...] = ()
         if not isinstance(training.degradation, RealEsrganDegradation):
             # By the picture's content: the versions of one don't depend on which others are there.
-            small = store_degradation.versions(
-                full, content, scale, training.degradation, seed=training.seed, cache=cache
-            )
+            levels = store_degradation.draw_levels(content, scale, training.degradation, seed=training.seed)
+            small = store_degradation.versions(full, scale, levels, cache)
         progress()
-        return Photograph(content, full, small)
+        return Photograph(content, full, small, levels)
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(one, paths))
@@ -104,14 +110,15 @@ def draw_batch(photographs: Sequence[Photograph], training: Training, stage: Sta
         top, left = int(rng.integers(height - patch + 1)), int(rng.integers(width - patch + 1))
         turn, mirror = int(rng.integers(4)), bool(rng.integers(2))
         cut = photograph.full[top * scale : top * scale + size, left * scale : left * scale + size]
-        full[index] = _turned(cut, turn, mirror)
+        full[index] = turned(cut, turn, mirror)
         if isinstance(training.degradation, RealEsrganDegradation):
             small[index] = real_esrgan.degrade(full[index], scale, training.degradation.second_order, rng)
         else:
-            small[index] = _turned(photograph.small[version][top : top + patch, left : left + patch], turn, mirror)
+            small[index] = turned(photograph.small[version][top : top + patch, left : left + patch], turn, mirror)
     return Batch(small, full)
 
 
-def _turned(pixels: Pixels, turn: int, mirror: bool) -> Pixels:
-    turned = np.rot90(pixels, turn)
-    return turned[:, ::-1] if mirror else turned
+def turned(pixels: Pixels, turn: int, mirror: bool) -> Pixels:
+    """By ``turn`` right angles, then mirrored."""
+    result = np.rot90(pixels, turn)
+    return result[:, ::-1] if mirror else result

@@ -57,6 +57,9 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Weight of the mean absolute difference, of values in 0 to 1."""
     ssimulacra2: float = 0.0
     """Weight of (100 - SSIMULACRA2) / 100; patches must be at least 64 pixels wide when enlarged, better 128."""
+    rate: float = 0.0
+    """For a shrinker, which learns by this and ``ssimulacra2`` alone: weight of the bits against those of the picture
+    as it was reduced. With n for each 100 points of SSIMULACRA2, 100 · n points are worth as much as all bytes."""
     features: float = 0.0
     """Weight of the perceptual loss."""
     adversarial: float = 0.0
@@ -74,6 +77,8 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What the architecture's constructor takes."""
     degradation: Degradation
     stages: list[Stage]
+    enlarger: str = ""
+    """For a shrinker: the network that will enlarge what it makes, by name or file."""
     start: str = ""
     """A network whose weights to begin with, by name or file; empty: random ones."""
     stored: Literal["fp32", "fp16"] = "fp32"
@@ -92,7 +97,8 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def scale(self) -> int:
-        return int(self.arguments.get("upscale" if self.architecture == "SRVGGNetCompact" else "scale", 4))
+        name = {"SRVGGNetCompact": "upscale", "RRDBNet": "scale", "Shrinker": "reduction"}[self.architecture]
+        return int(self.arguments.get(name, 2 if self.architecture == "Shrinker" else 4))
 
 
 def read(path: Path) -> Training:
@@ -131,8 +137,22 @@ def check(training: Training) -> None:
             raise TrainingError(f"stage {stage.name}: the vgg discriminator judges 128 pixels, not {edge}")
         if stage.adversarial and edge % 8:
             raise TrainingError(f"stage {stage.name}: patches of {edge} pixels are no multiple of 8")
+        if training.architecture == "Shrinker":
+            if stage.l1 or stage.features or stage.adversarial or not (stage.rate and stage.ssimulacra2):
+                raise TrainingError(f"stage {stage.name}: a shrinker learns by rate and ssimulacra2, and nothing else")
+            if stage.patch % 8:
+                raise TrainingError(f"stage {stage.name}: a shrinker's patches must be a multiple of 8 pixels wide")
+        elif stage.rate:
+            raise TrainingError(f"stage {stage.name}: only a shrinker can learn by rate")
         if not (stage.l1 or stage.ssimulacra2 or stage.features):
             raise TrainingError(f"stage {stage.name} has no loss that ties the picture to the photograph")
+    if training.architecture == "Shrinker":
+        if not training.enlarger:
+            raise TrainingError("a shrinker is made for a network: say which (enlarger)")
+        if not isinstance(training.degradation, StoreDegradation) or not training.degradation.versions:
+            raise TrainingError("a shrinker learns from the store's own degradation, with one coded version or more")
+    elif training.enlarger:
+        raise TrainingError("only a shrinker has an enlarger")
     if isinstance(training.degradation, StoreDegradation):
         low, high = training.degradation.levels
         if not 0 <= low <= high <= 63 or training.degradation.versions < 0:

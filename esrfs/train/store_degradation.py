@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,15 +42,17 @@ def decode(avif: bytes) -> Pixels:
         return np.asarray(picture.convert("RGB"))
 
 
-def versions(
-    full: Pixels, content: bytes, scale: int, degradation: StoreDegradation, *, seed: int, cache: Path
-) -> tuple[Pixels, ...]:
-    """The picture made small: clean, then through AVIF at random levels. ``content`` identifies the picture."""
-    clean = shrink(full, scale)
+def draw_levels(content: bytes, scale: int, degradation: StoreDegradation, *, seed: int) -> tuple[int, ...]:
+    """Random levels for a picture that ``content`` identifies; the same for the same values."""
     rng = np.random.default_rng([seed, scale, *content[:8]])
     low, high = degradation.levels
-    levels = rng.integers(low, high + 1, degradation.versions)
-    return (clean, *(decode(_coded(clean, int(level), cache)) for level in levels))
+    return tuple(int(level) for level in rng.integers(low, high + 1, degradation.versions))
+
+
+def versions(full: Pixels, scale: int, levels: Sequence[int], cache: Path) -> tuple[Pixels, ...]:
+    """The picture made small: clean, then through AVIF at each level."""
+    clean = shrink(full, scale)
+    return (clean, *(decode(_coded(clean, level, cache)) for level in levels))
 
 
 def _coded(small: Pixels, level: int, cache: Path) -> bytes:

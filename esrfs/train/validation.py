@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
+from esrfs.compaction import planner, shrinking
 from esrfs.metrics.fidelity import y_psnr
 from esrfs.metrics.ssimulacra2 import Reference
 from esrfs.networks.loading import Network
-from esrfs.train import export, real_esrgan
+from esrfs.train import export, real_esrgan, store_degradation
 from esrfs.train.photographs import Photograph, Pixels
 from esrfs.train.settings import RealEsrganDegradation, Training
 
@@ -22,10 +23,23 @@ _EDGE = 384
 
 
 def measure(
-    training: Training, model: nn.Module, photographs: Sequence[Photograph], device: torch.device
+    training: Training,
+    model: nn.Module,
+    photographs: Sequence[Photograph],
+    device: torch.device,
+    enlarger: Network | None = None,
 ) -> dict[str, float]:
-    """Means over photographs and their versions: ``psnr`` of luma, ``gain`` over bicubic, both dB; ``ssimulacra2``."""
+    """Means over photographs and their versions: ``psnr`` of luma, ``gain`` over bicubic, both dB; ``ssimulacra2``.
+
+    Of a shrinker, over the coded versions: ``bytes`` (percent more than without it) and ``points`` (of SSIMULACRA2
+    more), at the same levels; and ``equal``, about how many percent more bytes at equal score, with the planner's
+    guesses of what a level is worth.
+    """
     network = Network(export.describe(training, 0, 0), copy.deepcopy(model), device)  # type: ignore[arg-type]
+    if enlarger is not None:
+        return _named(("bytes", "points", "equal"), [
+            figures for photograph in photographs for figures in _saved(training, network, enlarger, photograph)
+        ])  # fmt: skip
     scores = []
     for photograph in photographs:
         full, versions = _middle(training, photograph)
@@ -35,8 +49,25 @@ def measure(
             bicubic = np.asarray(Image.fromarray(small).resize(full.shape[1::-1], Image.Resampling.BICUBIC))
             psnr = y_psnr(full, view)
             scores.append((psnr, psnr - y_psnr(full, bicubic), reference.compare(view).score))
-    means = np.mean(scores, axis=0)
-    return dict(zip(("psnr", "gain", "ssimulacra2"), (round(float(mean), 4) for mean in means), strict=True))
+    return _named(("psnr", "gain", "ssimulacra2"), scores)
+
+
+def _named(names: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str, float]:
+    return dict(zip(names, (round(float(mean), 4) for mean in np.mean(rows, axis=0)), strict=True))
+
+
+def _saved(
+    training: Training, network: Network, enlarger: Network, photograph: Photograph
+) -> Iterator[tuple[float, float, float]]:
+    full, (clean, *_) = _middle(training, photograph)
+    reference = Reference(full)
+    for level in photograph.levels:
+        packed = shrinking.pack(full, clean, training.scale, level)
+        avifs = [store_degradation.code(small, level) for small in (clean, network(packed[None])[0])]
+        before, after = (reference.compare(enlarger(store_degradation.decode(avif)[None])[0]).score for avif in avifs)
+        size = len(avifs[1]) / len(avifs[0])
+        equal = size * planner.GROWTH ** ((before - after) / planner.POINTS_PER_LEVEL)
+        yield 100 * (size - 1), after - before, 100 * (equal - 1)
 
 
 def _middle(training: Training, photograph: Photograph) -> tuple[Pixels, list[Pixels]]:

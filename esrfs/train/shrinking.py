@@ -1,0 +1,92 @@
+"""What a shrinker learns from: patches with the codec's noise, and what the result is worth.
+
+The loss is refinement's (``compaction/refine.py``, DESIGN 10) over patches of many photographs instead of one: the
+score of what the network makes of the small picture with noise, against the bits that the picture takes. The noise is
+Gaussian and as strong as the codec's was at that place of that photograph, so that nothing is hidden where the codec
+would remove it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (torch's own convention)
+
+from esrfs.compaction import refine, shrinking
+from esrfs.metrics.differentiable import ssimulacra2
+from esrfs.train.photographs import Batch, Photograph, turned
+from esrfs.train.settings import Stage, Training
+
+_AROUND = 8
+"""Pixels in each direction over which the codec's noise is averaged."""
+_FAINTEST = 0.25
+"""Shades: rounding alone."""
+
+
+_FEWEST_BITS = 0.05
+"""For each coefficient: black patches take none at all, and would outweigh all others."""
+
+
+class Noise(msgspec.Struct, frozen=True):
+    """The codec's error, root mean square, in 0 to 1."""
+
+    local: Tensor
+    """N×1×h×w."""
+    whole: Tensor
+    """N: of the whole photographs."""
+
+
+def draw_batch(photographs: Sequence[Photograph], training: Training, stage: Stage, rng: np.random.Generator) -> Batch:
+    """Random patches, flipped and turned: ``small`` is what a shrinker takes, ``error`` the codec's in the same
+    place."""
+    scale, patch = training.scale, stage.patch
+    smalls, fulls, errors, sigmas = [], [], [], []
+    for _ in range(stage.batch):
+        photograph = photographs[int(rng.integers(len(photographs)))]
+        version = int(rng.integers(1, len(photograph.small)))
+        clean, coded = photograph.small[0], photograph.small[version]
+        height, width = clean.shape[:2]
+        # Where the codec's blocks begin.
+        top, left = (int(rng.integers((size - patch) // 8 + 1)) * 8 for size in (height, width))
+        turn, mirror = int(rng.integers(4)), bool(rng.integers(2))
+        place = (slice(top, top + patch), slice(left, left + patch))
+        full = turned(
+            photograph.full[top * scale : (top + patch) * scale, left * scale : (left + patch) * scale], turn, mirror
+        )
+        small = turned(clean[place], turn, mirror)
+        smalls.append(shrinking.pack(full, small, scale, photograph.levels[version - 1]))
+        fulls.append(full)
+        errors.append(turned(coded[place], turn, mirror).astype(np.float32) - small)
+        sigmas.append(max(refine.codec_noise(clean, coded), _FAINTEST))
+    return Batch(np.stack(smalls), np.stack(fulls), np.stack(errors), np.array(sigmas, np.float32))
+
+
+def noise(batch: Batch, device: torch.device) -> Noise:
+    assert batch.error is not None and batch.sigma is not None
+    squares = torch.from_numpy(batch.error).to(device).square().mean(3)[:, None]
+    around = F.pad(squares, (_AROUND,) * 4, mode="reflect")
+    local = F.avg_pool2d(around, 2 * _AROUND + 1, 1).sqrt() / 255
+    return Noise(local, torch.from_numpy(batch.sigma).to(device) / 255)
+
+
+def losses(
+    model: nn.Module,
+    enlarge: Callable[[Tensor], Tensor],
+    packed: Tensor,
+    full: Tensor,
+    *,
+    noise: Noise,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """``rate``: bits against those of the picture as it was reduced (1: as many); ``ssimulacra2``: (100 - score) /
+    100."""
+    before = packed[:, -4:-1]
+    small: Tensor = model(packed)
+    random = torch.randn(before.shape, generator=generator).to(before.device)
+    view = enlarge((small + noise.local * random).clamp(0, 1))
+    rate = refine.rates(small, noise.whole) / refine.rates(before, noise.whole).clamp(min=_FEWEST_BITS)
+    return {"rate": rate.mean(), "ssimulacra2": (100 - ssimulacra2(full, view)).mean() / 100}
