@@ -25,7 +25,7 @@ from esrfs.metrics.fidelity import y_psnr
 from esrfs.metrics.ssimulacra2 import Reference
 from esrfs.networks import loading
 from esrfs.train.photographs import find, read_rgb
-from esrfs.train.store_degradation import Pixels, code, decode, shrink
+from esrfs.train.store_degradation import Pixels, code, decode
 
 _PLAIN_LEVELS = tuple(range(8, 47, 3))
 """Levels of full-size AVIF, between which the bytes for a score are found."""
@@ -55,7 +55,7 @@ def measure(
     ``refined``: the small picture is refined before it is coded; ``shrinker``: changes it before that."""
     full = _divisible(full, network.scale)
     height, width = full.shape[:2]
-    small = shrink(full, network.scale)
+    small = shrinking.reduced(full, network.scale)
     size = 0
     if level is not None:
         if shrinker is not None:

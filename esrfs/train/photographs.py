@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from esrfs.compaction import refine
 from esrfs.train import real_esrgan, store_degradation
 from esrfs.train.settings import RealEsrganDegradation, Stage, Training, TrainingError
 
@@ -30,6 +31,8 @@ class Photograph(msgspec.Struct, frozen=True):
     degradation is drawn anew for each patch."""
     levels: tuple[int, ...] = ()
     """The codec's, of the coded versions."""
+    noise: tuple[float, ...] = ()
+    """What the codec changed in them: root mean square, shades."""
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -82,12 +85,14 @@ def load(
         content = hashlib.sha256(full.tobytes()).digest()
         small: tuple[Pixels, ...] = ()
         levels: tuple[int, ...] = ()
+        noise: tuple[float, ...] = ()
         if not isinstance(training.degradation, RealEsrganDegradation):
             # By the picture's content: the versions of one don't depend on which others are there.
             levels = store_degradation.draw_levels(content, scale, training.degradation, seed=training.seed)
             small = store_degradation.versions(full, scale, levels, cache)
+            noise = tuple(refine.codec_noise(small[0], coded) for coded in small[1:])
         progress()
-        return Photograph(content, full, small, levels)
+        return Photograph(content, full, small, levels, noise)
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(one, paths))

@@ -61,7 +61,7 @@ def draw_batch(photographs: Sequence[Photograph], training: Training, stage: Sta
         smalls.append(shrinking.pack(full, small, scale, photograph.levels[version - 1]))
         fulls.append(full)
         errors.append(turned(coded[place], turn, mirror).astype(np.float32) - small)
-        sigmas.append(max(refine.codec_noise(clean, coded), _FAINTEST))
+        sigmas.append(max(photograph.noise[version - 1], _FAINTEST))
     return Batch(np.stack(smalls), np.stack(fulls), np.stack(errors), np.array(sigmas, np.float32))
 
 

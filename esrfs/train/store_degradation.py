@@ -18,18 +18,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from esrfs.compaction import compactor, planner
+from esrfs.compaction import compactor, planner, shrinking
 from esrfs.train.settings import StoreDegradation
 
 Pixels = npt.NDArray[np.uint8]
-
-
-def shrink(full: Pixels, scale: int) -> Pixels:
-    """As compaction does: Pillow's bicubic reduction. H and W must be multiples of ``scale``."""
-    if scale == 1:
-        return full
-    height, width = full.shape[:2]
-    return np.asarray(Image.fromarray(full).resize((width // scale, height // scale), Image.Resampling.BICUBIC))
 
 
 def code(small: Pixels, level: int) -> bytes:
@@ -51,7 +43,7 @@ def draw_levels(content: bytes, scale: int, degradation: StoreDegradation, *, se
 
 def versions(full: Pixels, scale: int, levels: Sequence[int], cache: Path) -> tuple[Pixels, ...]:
     """The picture made small: clean, then through AVIF at each level."""
-    clean = shrink(full, scale)
+    clean = shrinking.reduced(full, scale) if scale > 1 else full
     return (clean, *(decode(_coded(clean, level, cache)) for level in levels))
 
 
