@@ -19,12 +19,16 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from esrfs.blob.recipe import PictureCoding
+from esrfs.blob.recipe import JpegCoding, PngCoding, WebpCoding
 from esrfs.blob.reference import REFERENCE_BYTES
 
 _MAGIC = b"esrfblob"
 _LENGTH_BYTES = 4
 _VERSION = 1
+_MOST_TRIES = 4
+
+Coding = JpegCoding | PngCoding | WebpCoding
+"""Of the formats that have fill. (None of them has long lists: what strangers' files say is read in little memory.)"""
 
 
 class Carried(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,7 +43,7 @@ class Carried(msgspec.Struct, frozen=True, kw_only=True):
     network_sha256: bytes
     quality: Annotated[int, Meta(ge=0, le=100)]
     subsampling: str
-    coding: PictureCoding
+    coding: Coding
     avif: bytes
 
 
@@ -56,14 +60,14 @@ def find(said: Sequence[bytes]) -> Carried | None:
     """What a file's fill (the data of each of its segments, in order) carries; None if there is nothing that can be
     read."""
     # The last is that of these pixels: a program may have kept the fill of a view that it edited.
-    for index, part in reversed(list(enumerate(said))):
-        if part.startswith(_MAGIC, REFERENCE_BYTES):
-            start = REFERENCE_BYTES + len(_MAGIC) + _LENGTH_BYTES
-            length = int.from_bytes(part[start - _LENGTH_BYTES : start], "big")
-            try:
-                carried = _decoder.decode(b"".join(said[index:])[start : start + length])
-            except msgspec.DecodeError:
-                continue
-            if carried.version == _VERSION:
-                return carried
+    begun = [index for index, part in enumerate(said) if part.startswith(_MAGIC, REFERENCE_BYTES)]
+    for index in reversed(begun[-_MOST_TRIES:]):
+        start = REFERENCE_BYTES + len(_MAGIC) + _LENGTH_BYTES
+        length = int.from_bytes(said[index][start - _LENGTH_BYTES : start], "big")
+        try:
+            carried = _decoder.decode(b"".join(said[index:])[start : start + length])
+        except msgspec.DecodeError:
+            continue
+        if carried.version == _VERSION:
+            return carried
     return None

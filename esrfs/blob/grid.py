@@ -231,6 +231,8 @@ def _places(data: bytes, meta: dict[bytes, _Span]) -> dict[int, _Span]:
         if extents != 1 or offset + length > len(data):
             raise _Unexpected("an item lies in several places")
         places[number] = (offset, offset + length)
+    if sum(end - start for start, end in places.values()) > len(data):
+        raise _Unexpected("items overlap")  # in few bytes there could be the same cell 65,536 times
     return places
 
 

@@ -11,9 +11,11 @@ byte), so that everything but the compressed pixels is served without a network.
 
 from __future__ import annotations
 
+from typing import Annotated
 from typing import Literal as OneOf
 
 import msgspec
+from msgspec import Meta
 
 RECIPE_VERSION = 1
 
@@ -40,7 +42,7 @@ class JpegCoding(msgspec.Struct, frozen=True, tag="jpeg"):
 
     mode: OneOf["L", "RGB"]
     subsampling: OneOf["4:4:4", "4:2:2", "4:2:0"]
-    quantisation: list[list[int]]
+    quantisation: Annotated[list[Annotated[list[int], Meta(max_length=64)]], Meta(max_length=4)]
     """One table of 64 values (zigzag order, 1 to 255) for each component."""
     progressive: bool = False
     components: bytes = b""

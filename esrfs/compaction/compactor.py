@@ -25,7 +25,7 @@ from esrfs import __version__, formats, reconstruction
 from esrfs.blob import carried
 from esrfs.blob import recipe as recipe_format
 from esrfs.blob.carried import Carried
-from esrfs.blob.recipe import Coding, JpegXlCoding, Recipe, Scores, Verbatim
+from esrfs.blob.recipe import Coding, Recipe, Scores
 from esrfs.blob.reference import reference
 from esrfs.compaction import gate, lossless, mosaic, planner, shrinking
 from esrfs.compaction import outcome as outcome_format
@@ -402,7 +402,7 @@ class _Compaction:
     def _note_for_fill(self, way: _Way, level: int, avif: bytes, coding: Coding, scan: bytes) -> bytes:
         """See ``formats.Note``."""
         said = self._reference(scan)
-        if said and self.policy.carry == "full" and not isinstance(coding, Verbatim | JpegXlCoding):
+        if said and self.policy.carry == "full" and isinstance(coding, carried.Coding):
             said += carried.encode(
                 Carried(
                     width=self.split.width,

@@ -86,11 +86,10 @@ class BmpSplit:
 
 def split(data: bytes, max_megapixels: float) -> BmpSplit:
     """See ``formats.split``."""
-    try:
-        start, header_size = struct.unpack_from("<II", data, 10)
-        width, height, planes, bits, compression = _header(data, header_size)
-    except struct.error as error:
-        raise _broken("its header is cut") from error
+    start, header_size = struct.unpack_from("<II", data, 10)
+    if _FILE_HEADER + header_size > len(data):
+        raise _broken("its header is cut")
+    width, height, planes, bits, compression = _header(data, header_size)
     check_dimensions(width, abs(height), max_megapixels, "bmp")
     if planes != 1:
         raise _broken(f"its header says {planes} planes")
@@ -159,7 +158,7 @@ def _palette(data: bytes, header_size: int, start: int) -> Pixels:
     each = 3 if header_size == _CORE else 4
     count = 256 if header_size == _CORE else struct.unpack_from("<I", data, 46)[0] or 256
     first = _FILE_HEADER + header_size
-    count = min(count, 256, (start - first) // each)
+    count = min(count, 256, (min(start, len(data)) - first) // each)
     if count < 1:
         raise _broken("its palette is missing")
     entries = np.frombuffer(data, np.uint8, count * each, first).reshape(count, each)

@@ -7,12 +7,14 @@ the picture hold markers of their own.
 
 from __future__ import annotations
 
+import itertools
 import re
 import struct
 from dataclasses import dataclass
 from typing import Literal as OneOf
 
 from esrfs.blob.recipe import JpegCoding
+from esrfs.blob.reference import without_fill
 from esrfs.compaction.outcome import Reason
 from esrfs.formats.view import Unsupported
 
@@ -35,9 +37,14 @@ _SOF_NAMES = {
 }
 _MOST_SCANS = 200
 """Encoders write 3 to 20; each takes a pass over all of the picture, and hostile files have thousands."""
-_NEXT_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
-"""In a scan, FF 00 stands for a byte FF and FF D0 to FF D7 are restarts; any other marker ends it."""
-_RESTART = re.compile(rb"\xff+([\xd0-\xd7])")
+_MOST_SEGMENTS = 1 << 16
+"""Before the first scan. Cameras write some dozens."""
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
+"""In a scan, FF 00 stands for a byte FF and FF D0 to FF D7 are restarts; any other marker ends it. (FF before it is
+fill. With ``+`` after the first FF the time would grow with the square of the length of each run of FF that is none:
+what a dying card leaves of a picture.)"""
+_RESTART = re.compile(rb"\xff([\xd0-\xd7])")
+_FILL_BYTES = re.compile(rb"\xff*")
 
 
 @dataclass(frozen=True)
@@ -162,8 +169,9 @@ def _segments(data: bytes) -> tuple[list[Segment], bytes, int]:
     offset = 2
     while True:
         start = offset
-        while data[offset : offset + 2] == b"\xff\xff":
-            offset += 1
+        fill = _FILL_BYTES.match(data, offset)
+        assert fill is not None  # it matches nothing, too
+        offset = max(offset, fill.end() - 1)
         header = data[offset : offset + 4]
         if len(header) < 4:
             raise _broken("it ends before its pixels")
@@ -182,6 +190,8 @@ def _segments(data: bytes) -> tuple[list[Segment], bytes, int]:
             raise _broken("a segment is longer than the file")
         if marker == SOS:
             return segments, data[offset:end], end
+        if len(segments) == _MOST_SEGMENTS:
+            raise _passed(f"this JPEG has more than {_MOST_SEGMENTS} segments")
         segments.append(Segment(marker, data[start:end], data[offset + 4 : end]))
         offset = end
 
@@ -297,7 +307,7 @@ def _marker_after(data: bytes, start: int) -> tuple[int, int]:
     found = _NEXT_MARKER.search(data, start)
     if found is None:
         raise _passed("this JPEG has no end-of-image marker (it is cut or still being written)")
-    return found.start(), found.end() - 2
+    return start + without_fill(memoryview(data)[start : found.start()]), found.start()
 
 
 def _tables(segments: list[Segment], components: list[Component]) -> list[list[int]]:
@@ -324,9 +334,10 @@ def units(subsampling: str, width: int, height: int) -> int:
 def _check_restarts(structure: Structure, data: bytes) -> None:
     total = units(structure.subsampling, structure.width, structure.height)
     expected = -(-total // structure.restart_interval) - 1 if structure.restart_interval else 0
-    found = [match[1][0] & 7 for match in _RESTART.finditer(data, structure.scan_start, structure.scan_end)]
-    if found != [index & 7 for index in range(expected)]:
-        raise _broken(f"its pixels have {len(found)} restart markers where {expected} in order are due")
+    found = (match[1][0] & 7 for match in _RESTART.finditer(data, structure.scan_start, structure.scan_end))
+    due = (index & 7 for index in range(expected))
+    if any(one != other for one, other in itertools.zip_longest(found, due)):
+        raise _broken(f"its pixels don't have just the {expected} restart markers in order that are due")
 
 
 def _broken(what: str) -> Unsupported:

@@ -26,7 +26,8 @@ _EOI, _SOS, _DNL = 0xD9, 0xDA, 0xDC
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _KEPT_BY_THE_CALLER = frozenset(range(0xE1, 0xF0)) - {0xEE} | {0xFE}
 """APP1 to APP15 and COM. JFIF's APP0 and Adobe's APP14 say what the colours mean."""
-_MARKER_IN_SCAN = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
+_MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
+_MOST_SEGMENTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def _before_scan(data: bytes) -> tuple[list[bytes], int, int, int]:
             height, width = struct.unpack_from(">HH", data, offset + 5)
         if marker not in _KEPT_BY_THE_CALLER:
             kept.append(data[offset:end])
+            if len(kept) > _MOST_SEGMENTS:
+                raise _broken(f"it has more than {_MOST_SEGMENTS} segments")
         offset = end
         if marker == _SOS:
             return kept, width, height, offset

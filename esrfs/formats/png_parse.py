@@ -22,6 +22,10 @@ from esrfs.formats.view import Pixels, Unsupported
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 CHUNK_BYTES = 12
 """Of a chunk without its data."""
+_MOST_CHUNKS = 1 << 18
+"""Encoders write some kilobytes of pixels in each."""
+_PIECE = 1 << 20
+"""Of the compressed pixels that are inflated at once: what is not yet inflated is copied each time."""
 
 Mode = OneOf["L", "LA", "RGB", "RGBA"]
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -198,6 +202,8 @@ def chunks_of(data: bytes) -> list[Chunk]:
         end = offset + CHUNK_BYTES + length
         if length > 0x7FFFFFFF or end > len(data):
             raise broken("a chunk is longer than the file")
+        if len(chunks) == _MOST_CHUNKS:
+            raise _passed(f"has more than {_MOST_CHUNKS} chunks")
         body = data[offset + 8 : end - 4]
         if zlib.crc32(body, zlib.crc32(kind)) != int.from_bytes(data[end - 4 : end], "big"):
             raise broken(f"the checksum of its chunk {kind.decode('latin-1')!r} is wrong")
@@ -216,6 +222,20 @@ def _check_stream(stream: bytes, passes: Iterator[Pass], bits: int) -> None:
     """That the compressed pixels (``bits`` each) are whole, neither more nor less than the header says, with filters
     that exist."""
     inflater = zlib.decompressobj()
+    pieces = (memoryview(stream)[start : start + _PIECE] for start in range(0, len(stream), _PIECE))
+
+    def inflated(count: int) -> bytes:
+        """The next ``count`` bytes; fewer at the end."""
+        parts = []
+        while count and not inflater.eof:
+            given = inflater.unconsumed_tail or next(pieces, b"")
+            part = inflater.decompress(given, count)
+            if not given and not part:
+                break
+            parts.append(part)
+            count -= len(part)
+        return b"".join(parts)
+
     try:
         for part in passes:
             row = 1 + (part.width * bits + 7) // 8
@@ -223,16 +243,15 @@ def _check_stream(stream: bytes, passes: Iterator[Pass], bits: int) -> None:
             most = max(1, (1 << 22) // row)
             for done in range(0, part.height, most):
                 wanted = min(most, part.height - done) * row
-                rows = inflater.decompress(stream, wanted)
-                stream = inflater.unconsumed_tail
+                rows = inflated(wanted)
                 if len(rows) < wanted:
                     raise broken("its compressed pixels are cut, or more than its header says")
                 if any(value > 4 for value in set(rows[::row])):
                     raise broken("a row has a filter that does not exist")
-        more = inflater.decompress(stream, 1)
+        more = inflated(1)
     except zlib.error as error:
         raise broken(f"its compressed pixels are damaged ({error})") from error
-    if more or not inflater.eof or inflater.unused_data:
+    if more or not inflater.eof or inflater.unused_data or next(pieces, None) is not None:
         raise broken("its compressed pixels are cut, or more than its header says")
 
 

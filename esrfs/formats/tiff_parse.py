@@ -21,8 +21,11 @@ _DNG = 50706
 _NUMBERS = {1: "B", 3: "H", 4: "I", 7: "B"}
 """Types of entries that hold what is asked for here: byte, short, long, bytes without a meaning."""
 _PAGES = 32
-_MOST_VALUES = 1 << 22
-"""Of an entry: more than 200 megapixels in planes and tiles of 16 by 16 have."""
+_MOST_VALUES = 1 << 18
+"""Of an entry: strips of one row of a picture of 87,000 rows and three planes. (As Python's numbers they take 50 times
+the room, and the mount's process reads them, too.)"""
+_LARGEST_TILE = 1 << 24
+"""Pixels, of a picture that has no more."""
 NONE, LZW, JPEG, DEFLATE, OLD_DEFLATE = 1, 5, 7, 8, 32946
 _COMPRESSIONS = {
     2: "CCITT fax",
@@ -140,6 +143,8 @@ def _parse(data: bytes) -> Structure:
         places = list(zip(get(_STRIP_OFFSETS, []), get(_STRIP_BYTES, []), strict=False))
     if part_width < 1 or part_height < 1:
         raise _broken("its header says 0 pixels")
+    if tiled and part_width * part_height > max(width * height, _LARGEST_TILE):
+        raise _passed("has tiles that are larger than its picture")
     expected = -(-width // part_width) * -(-height // part_height) * (samples if planar else 1)
     _check_places(places, expected, len(data))
     return Structure(

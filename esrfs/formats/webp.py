@@ -53,6 +53,7 @@ _HEADER = 8
 """Bytes of a chunk before its data."""
 _FILL = b"esRF"
 _SLACK = 64
+_MOST_CHUNKS = 1 << 16
 _ANIMATION, _ALPHA = 0x02, 0x10
 """Flags in VP8X."""
 _PICTURE = (b"VP8 ", b"VP8L")
@@ -252,7 +253,7 @@ def _alpha_image(coding: WebpCoding, width: int, height: int) -> Image.Image | N
 
 def _chunks(data: bytes, end: int) -> list[_Chunk]:
     """All chunks of the RIFF. Raises Unsupported (BROKEN)."""
-    chunks = []
+    chunks: list[_Chunk] = []
     offset = 12
     while offset < end:
         if offset + _HEADER > end:
@@ -261,6 +262,8 @@ def _chunks(data: bytes, end: int) -> list[_Chunk]:
         after = offset + _HEADER + length + length % 2
         if after > end + length % 2:
             raise _broken("a chunk is longer than the file")
+        if len(chunks) == _MOST_CHUNKS:
+            raise _passed(f"has more than {_MOST_CHUNKS} chunks")
         chunks.append(_Chunk(kind, data[offset + _HEADER : offset + _HEADER + length], offset, min(after, end)))
         offset = after
     return chunks
