@@ -17,6 +17,10 @@ A view, byte for byte::
             and their tables, too), then FF bytes (fill before a marker), a little for later differences
     FF      fill up to where the original's EOI is, 8 KiB or more where there is room
     EOI     and all that follows it in the original, at its offset
+
+Where something follows the picture, the FF bytes before EOI are even in number: libultrahdr takes two of them for a
+marker, and after an odd number would miss the picture's end, and with it the gain map. (A later reconstruction that
+differs may end earlier by an odd number.) The fill before SOS is longer by a byte instead.
 """
 
 from __future__ import annotations
@@ -47,6 +51,8 @@ _FILL_HEADER = b"\xff\xed\x00\x00esrfs\x00"
 _FILL_SMALLEST = len(_FILL_HEADER)
 _FILL_LARGEST = 2 + 65535
 _FILL_SEGMENTS = 36
+_MOST_FILL = _FILL_SEGMENTS * _FILL_LARGEST - 1
+"""Before SOS; one byte may be added."""
 _ZIGZAG = (
     *(
         0,
@@ -202,7 +208,7 @@ def _fit(split: JpegSplit, pixels: Pixels, note: Note) -> FittedView:
         tables = _envelope(structure, factor) + _huffman(structure.mode, structure.progressive)
         scan = _scan(coding, image)
         free = structure.eoi - len(tables) - len(_scan_header(structure)) - len(scan)
-        if free >= 0:
+        if free >= 0 and (free % 2 == 0 or free > _FILL_SMALLEST or not _is_followed(split)):
             return _lay_out(split, coding, tables, scan, free, note(coding, bytes(scan)))
         over = -free
     raise DoesNotFit(
@@ -216,9 +222,12 @@ def _lay_out(  # noqa: PLR0917
     header = _scan_header(split.structure)
     slack = min(free, len(scan) // 64 + 64)
     tail = min(free - slack, TAIL_BYTES)
-    front = front_fill(len(tables) + len(header), free - slack - tail, _FILL_SMALLEST, _FILL_SEGMENTS * _FILL_LARGEST)
+    front = front_fill(len(tables) + len(header), free - slack - tail, _FILL_SMALLEST, _MOST_FILL)
     if not front and note and free - slack >= _FILL_SMALLEST + REFERENCE_BYTES:
         front = _FILL_SMALLEST + REFERENCE_BYTES
+    if _is_followed(split) and (free - front) % 2:
+        front = front + 1 if front else _FILL_SMALLEST + (free - _FILL_SMALLEST) % 2
+        slack = min(slack, free - front)
     tail = free - slack - front
     return FittedView(
         coding=coding,
@@ -227,6 +236,11 @@ def _lay_out(  # noqa: PLR0917
         suffix=joined([Run(0xFF, tail), Literal(split.data[split.structure.eoi :])]),
         encoder=encoder(),
     )
+
+
+def _is_followed(split: JpegSplit) -> bool:
+    """Whether there is something after the picture."""
+    return split.structure.eoi + 2 < len(split.data)
 
 
 def _fill(count: int, note: bytes) -> list[Span]:
