@@ -82,7 +82,7 @@ ORIGINALS: dict[str, Callable[[Image.Image], bytes]] = {
     "png-alpha": lambda image: _deflated(_translucent(image)),
     "png-palette": lambda image: _deflated(image.quantize(256), 0),
     "png-interlaced": lambda image: interlaced(_deflated(image, 0)),
-    "webp": lambda image: _saved(image, "WEBP", quality=90, method=0),
+    "webp": lambda image: _saved(image, "WEBP", quality=75),
     "webp-lossless": lambda image: _saved(image, "WEBP", lossless=True, quality=0, method=0),
     "tiff": lambda image: _saved(image, "TIFF"),
     "tiff-deflate": lambda image: _saved(image, "TIFF", compression="tiff_adobe_deflate", strip_size=1 << 20),

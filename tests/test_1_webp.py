@@ -16,6 +16,7 @@ from PIL import Image, ImageFilter
 
 from esrfs import formats
 from esrfs.blob import recipe
+from esrfs.blob.recipe import WebpCoding
 from esrfs.compaction.outcome import Reason
 from esrfs.formats import webp
 from tests.test_1_png import picture
@@ -157,3 +158,27 @@ def test_refusals_say_why(word: str, data: bytes, reason: Reason) -> None:
     assert caught.value.reason is reason
     assert word in caught.value.message
     assert caught.value.kind == "webp"
+
+
+@pytest.mark.parametrize("most", [60, 0])
+def test_a_quality_that_libwebp_can_not_write_does_not_fit(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of lossy pictures of tens of megapixels: "encoding error 6", a part of the file is limited to 512 KiB."""
+    original = webp_bytes(quality=90)
+    split = formats.split(original, LIMIT)
+    pixels = rebuilt(split.pixels())
+    save = Image.Image.save
+
+    def limited(image: Image.Image, out: io.BytesIO, kind: str, **options: Any) -> None:
+        if options["quality"] > most:
+            raise ValueError("encoding error 6")
+        save(image, out, kind, **options)
+
+    monkeypatch.setattr(Image.Image, "save", limited)
+    if not most:
+        with pytest.raises(formats.DoesNotFit, match="libwebp can't write it"):
+            formats.fit_view(split, pixels)
+        return
+    view = formats.fit_view(split, pixels)
+    assert isinstance(view.coding, WebpCoding)
+    assert 30 <= view.coding.quality <= most
+    assert len(view.expand()) == len(original)

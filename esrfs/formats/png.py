@@ -32,8 +32,8 @@ from PIL import Image, features
 from esrfs.blob.recipe import Literal, PngCoding, Run, Span
 from esrfs.formats import png_parse
 from esrfs.formats.colours import numbered
-from esrfs.formats.pixels import DECODE_ERRORS, as_array, as_image, softened
-from esrfs.formats.png_parse import CHUNK_BYTES, SIGNATURE, Structure, broken, chunk_bytes, chunks_of, passes
+from esrfs.formats.pixels import DECODE_ERRORS, as_array, as_image, bands, softened
+from esrfs.formats.png_parse import CHUNK_BYTES, SIGNATURE, Pass, Structure, broken, chunk_bytes, chunks_of, passes
 from esrfs.formats.view import (
     TAIL_BYTES,
     DoesNotFit,
@@ -235,14 +235,24 @@ def _stream(coding: PngCoding, image: Image.Image, exact: Pixels | None) -> byte
         image.putalpha(Image.fromarray(exact))
     if not coding.interlaced:
         return _compressed(coding, image)
-    rows = []
+    compressor = zlib.compressobj(coding.compress_level)
+    pieces = []
     for part in passes(image.width, image.height, True):
-        mine = np.asarray(image)[part.top :: part.down, part.left :: part.across]
-        fresh = Image.fromarray(np.ascontiguousarray(mine))
+        fresh = _pass_of(image, part)
         if image.mode == "P":
             fresh.putpalette(bytes(3 << coding.bits))
-        rows.append(zlib.decompress(_compressed(coding, fresh)))
-    return zlib.compress(b"".join(rows), coding.compress_level)
+        pieces.append(compressor.compress(zlib.decompress(_compressed(coding, fresh))))
+    return b"".join((*pieces, compressor.flush()))
+
+
+def _pass_of(image: Image.Image, part: Pass) -> Image.Image:
+    """The pixels of one pass."""
+    pixels = np.empty((part.height, part.width, len(image.getbands())), dtype=np.uint8)
+    for top, rows in bands(image):  # of a multiple of 8 rows
+        first = -(-(top - part.top) // part.down) if top > part.top else 0
+        mine = rows[part.top + first * part.down - top :: part.down, part.left :: part.across]
+        pixels[first : first + len(mine)] = mine
+    return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
 
 
 def _compressed(coding: PngCoding, image: Image.Image) -> bytes:

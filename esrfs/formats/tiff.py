@@ -172,7 +172,7 @@ def _scan(  # noqa: PLR0917
     coding: TiffCoding, width: int, height: int, pixels: Pixels, length: int, softenings: int | None = None
 ) -> bytes:
     """``softenings``: how many of them are tried, the picture as it is counted; None: all. Raises DoesNotFit."""
-    image = pillow.as_image(pixels, width, height, coding.mode)
+    image = pillow.as_image_for_jpeg(pixels, width, height, coding.mode)  # without a copy; parts are made RGB
     extra = None
     if coding.extra:
         plane = zlib.decompressobj().decompress(coding.extra, width * height)
@@ -232,6 +232,7 @@ def _fitting(  # noqa: PLR0917
 ) -> bytes:
     """One strip or tile, of ``count`` bytes. Raises DoesNotFit."""
     part = image.crop((place.left, place.top, min(place.right, image.width), min(place.bottom, image.height)))
+    part = part if part.mode == coding.mode else part.convert(coding.mode)
     least = -1
     for softer in itertools.islice(pillow.softened(part), softenings):
         for level in _LEVELS if coding.compression in (DEFLATE, OLD_DEFLATE) else _LEVELS[:1]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import bisect
 import io
+import math
 import struct
 import zlib
 from dataclasses import dataclass
@@ -174,8 +175,13 @@ def _lossy(image: Image.Image, room: int) -> tuple[WebpCoding, bytes]:
     """The highest quality that fits, or the lowest."""
     streams: dict[int, bytes] = {}
 
-    def size(quality: int) -> int:
-        streams[quality] = _stream(WebpCoding(mode="RGB", lossless=False, quality=quality), image, None)
+    def size(quality: int) -> float:
+        try:
+            streams[quality] = _stream(WebpCoding(mode="RGB", lossless=False, quality=quality), image, None)
+        except DoesNotFit:
+            if quality == QUALITIES[0]:
+                raise
+            return math.inf
         return len(streams[quality])
 
     fitting = bisect.bisect_right(QUALITIES, room, key=size)
@@ -238,9 +244,12 @@ def _stream(coding: WebpCoding, image: Image.Image, alpha: Image.Image | None) -
         image = image.copy()
         image.putalpha(alpha)
     out = io.BytesIO()
-    image.save(
-        out, "WEBP", lossless=coding.lossless, quality=coding.quality, method=coding.method, exact=coding.lossless
-    )
+    try:
+        image.save(
+            out, "WEBP", lossless=coding.lossless, quality=coding.quality, method=coding.method, exact=coding.lossless
+        )
+    except ValueError as error:  # lossy, of tens of megapixels: what is said of their blocks has 512 KiB at most
+        raise DoesNotFit(f"libwebp can't write it at this quality ({error})") from error
     made = out.getvalue()
     return next(chunk.data for chunk in _chunks(made, len(made)) if chunk.kind in _PICTURE)
 
