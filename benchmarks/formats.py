@@ -1,4 +1,5 @@
-"""What a picture's kind costs: palettes, AVIF sources, and the fit of JPEG views, on parts of Kodak's pictures.
+"""What a picture's kind costs: palettes, AVIF sources, and the fit of JPEG views (and of sharper ones), on parts of
+Kodak's pictures.
 
 ``python -m benchmarks.formats [FOLDER]`` (default ../shared/data/eval/kodak24) prints, for each, the bytes of a blob's
 picture as a share of the original's, and SSIMULACRA2 against the original.
@@ -7,15 +8,18 @@ picture as a share of the original's, and SSIMULACRA2 against the original.
 from __future__ import annotations
 
 import io
+import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from esrfs import formats
 from esrfs.blob.recipe import JpegCoding
 from esrfs.compaction.compactor import encode_avif
+from esrfs.formats import jpeg
 from esrfs.metrics.ssimulacra2 import Reference
 
 _NUMBERS = (5, 13, 23)
@@ -99,7 +103,42 @@ def _fit(source: Image.Image) -> None:
             after = formats.split(view.expand(), _LIMIT).pixels()
             coarser = sum(view.coding.quantisation[0]) / sum(_tables(original))
             scores = [reference.compare(each).score for each in (rebuilt, after)]
-            print(f"{what}, rebuilt {scores[0]:.1f}, as a view {scores[1]:.1f}, tables × {coarser:.2f}")
+            how = f"tables × {coarser:.2f}, softened by {view.coding.softened:g} pixels"
+            print(f"{what}, rebuilt {scores[0]:.1f}, as a view {scores[1]:.1f}, {how}")
+
+
+def _sharper(source: Image.Image) -> None:
+    """What it costs to make a picture fit that is sharper than the original, in two ways."""
+    settings = jpeg._settings
+    for quality, amount in itertools.product((30, 50, 75, 90), (50, 100)):
+        original = _encoded(source, "JPEG", quality=quality, optimize=True)
+        split = formats.split(original, _LIMIT)
+        reference = Reference(split.pixels())
+        rebuilt = Image.fromarray(_rebuilt(encode_avif(Image.fromarray(split.pixels()), 70)))
+        pixels = np.asarray(rebuilt.filter(ImageFilter.UnsharpMask(1, amount, 0)))
+        told = []
+        for way in (settings, _only_coarser):
+            jpeg._settings = way
+            try:
+                view = formats.fit_view(split, pixels)
+            except formats.DoesNotFit:
+                told.append("does not fit")
+                continue
+            finally:
+                jpeg._settings = settings
+            assert isinstance(view.coding, JpegCoding)
+            score = reference.compare(formats.decode(view.expand(), _LIMIT)).score
+            told.append(f"{score:.1f} (softened by {view.coding.softened:g}, tables × {view.coding.coarser:g})")
+        density = len(original) * 8 / pixels[:, :, 0].size
+        print(
+            f"    sharpened by {amount} %, JPEG of quality {quality}, {density:.2f} bpp: rebuilt "
+            f"{reference.compare(pixels).score:.1f}, as a view {told[0]}; by tables alone {told[1]}",
+            flush=True,
+        )
+
+
+def _only_coarser(_: list[int]) -> Iterator[tuple[float, float]]:
+    yield from ((factor, 0.0) for factor in (1.0, *jpeg.COARSER))
 
 
 def _tables(data: bytes) -> list[int]:
@@ -117,6 +156,7 @@ def main() -> None:
         _palettes(source)
         _avif_sources(source)
         _fit(source)
+        _sharper(source)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 python -m tests.peaks rebuild2|rebuild1|compact2|compact1|metric WIDTH HEIGHT [KIND [SPEED]]
 
 The digit is the scale. ``compact`` is one attempt on the whole picture, of a KIND (default jpeg), at libaom's SPEED
-(default 10); a view that does not fit has been tried all the same.
+(default 10); a view that does not fit has been tried all the same. A second line tells what compaction asks for.
 """
 
 from __future__ import annotations
@@ -123,6 +123,10 @@ def _recipe(width: int, height: int, scale: int) -> Recipe:
     )
 
 
+def _asked(original: bytes) -> int:
+    return compactor.memory(formats.split(original, Policy().max_megapixels), len(original))
+
+
 def _compaction(original: bytes, scale: int, speed: int) -> None:
     policy = Policy(preset="small")
     split = formats.split(original, policy.max_megapixels)
@@ -154,6 +158,7 @@ def main() -> None:
     speed = int(sys.argv[5]) if len(sys.argv) > 5 else 10
     torch.set_num_threads(1)
     run: Callable[[], object]
+    asked = 0
     if work.startswith("rebuild"):
         scale = int(work[-1])
         small = _picture(-(-width // scale), -(-height // scale))
@@ -162,7 +167,9 @@ def main() -> None:
         del small
         run = partial(reconstruction.rebuild, recipe, avif, _infer)
     elif work.startswith("compact"):
-        run = partial(_compaction, ORIGINALS[kind](_picture(width, height)), int(work[-1]), speed)
+        original = ORIGINALS[kind](_picture(width, height))
+        asked = _asked(original)
+        run = partial(_compaction, original, int(work[-1]), speed)
     else:
         pixels = np.asarray(_picture(width, height))
         view = np.clip(pixels, 3, 252)
@@ -174,6 +181,8 @@ def main() -> None:
     before = _now("VmRSS")
     run()
     print(_now("VmHWM") - before)
+    if asked:
+        print(asked)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import cast
 import pytest
 from PIL import Image
 
+from esrfs import formats
 from esrfs.compaction import compactor
 from esrfs.compaction.outcome import Outcome, Policy, Reason, Verdict
 from esrfs.engine import filevalue, protocol, room
@@ -34,6 +35,7 @@ from esrfs.store.layout import open_store
 from esrfs.upkeep import compact
 from esrfs.upkeep.claims import Claims
 from esrfs.upkeep.compact import Done, Workshop
+from tests import peaks
 
 MEBIBYTE = 1 << 20
 
@@ -108,6 +110,17 @@ def test_peaks_of_24_megapixels(work: str, most: int) -> None:
     assert int(done.stdout) / MEBIBYTE < most
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", peaks.ORIGINALS)
+def test_no_kind_takes_more_than_compaction_asks_for(kind: str) -> None:
+    command = [sys.executable, "-m", "tests.peaks", "compact2", "7200", "5000", kind]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=1500, check=False)
+    assert done.returncode == 0, done.stderr
+    peak, asked = map(int, done.stdout.split())
+    assert peak < asked
+
+
 # When there is not enough.
 
 
@@ -152,6 +165,17 @@ def test_compaction_waits_for_memory() -> None:
     assert (outcome.verdict, outcome.reason) == (Verdict.REFUSED, Reason.NO_MEMORY)
     assert "0.7 GB of memory" in outcome.message
     assert outcome.width == 640
+
+
+@pytest.mark.parametrize("kind", peaks.ORIGINALS)
+def test_each_kind_says_what_it_takes(kind: str) -> None:
+    original = peaks.ORIGINALS[kind](peaks._picture(160, 96))
+    split = formats.split(original, 1)
+    needed = compactor.memory(split, len(original))
+    assert needed - compactor.memory(split, 0) == 5 * len(original)
+    outcome = compactor.compact(original, Policy(), [], _no_network, room=needed - 1)
+    assert (outcome.verdict, outcome.reason) == (Verdict.REFUSED, Reason.NO_MEMORY)
+    assert "GB are free now" in outcome.message
 
 
 class _Engine:

@@ -47,6 +47,10 @@ class JpegCoding(msgspec.Struct, frozen=True, tag="jpeg"):
     progressive: bool = False
     components: bytes = b""
     """The components' numbers, one byte each; set for progressive pictures, whose later scans name them."""
+    softened: float = 0.0
+    """Radius (Pillow's, in pixels) of the low-pass that the rebuilt picture is given, so that the view fits."""
+    coarser: float = 1.0
+    """By what the original's quantisation was multiplied, so that the view fits; ``quantisation`` is the product."""
 
 
 class PngCoding(msgspec.Struct, frozen=True, tag="png"):

@@ -42,8 +42,9 @@ Pixels = npt.NDArray[np.uint8]
 
 SMALLEST_SIDE = 64
 """Pixels. Below that the view's fixed parts weigh more than its pixels."""
-_BYTES, _BYTES_PER_PIXEL = 700_000_000, 10
-"""Memory that compaction takes (``benchmarks.memory``), besides that of an engine at rest."""
+_BYTES, _OF_THE_FILE = 700_000_000, 5
+"""Memory that compaction takes (``benchmarks.memory``, ``tests.peaks``), besides that of an engine at rest and what the
+kind takes for each pixel: bytes, and bytes for each of the file's."""
 _TRIES = 4
 """On the mosaic, for each way."""
 _FIRST_LEVEL = {"faithful": 52, "high": 34, "balanced": 26, "small": 20}
@@ -166,6 +167,11 @@ def compact(
     return lossless.where_better(original, policy, outcome)
 
 
+def memory(split: formats.Split, size: int) -> int:
+    """Bytes that the compaction of a file of ``size`` bytes takes at most, besides those of an engine at rest."""
+    return _BYTES + _OF_THE_FILE * size + split.bytes_per_pixel * split.width * split.height
+
+
 def _at_a_loss(
     original: bytes,
     policy: Policy,
@@ -182,7 +188,7 @@ def _at_a_loss(
         if min(split.width, split.height) < SMALLEST_SIDE:
             message = f"{split.width} × {split.height} pixels are too few for compaction to save anything"
             return _refused(Reason.TOO_SMALL, message, split)
-        needed = _BYTES + _BYTES_PER_PIXEL * split.width * split.height
+        needed = memory(split, len(original))
         if needed > room:
             message = f"it takes {needed / 1e9:.1f} GB of memory, and {room / 1e9:.1f} GB are free now"
             return _refused(Reason.NO_MEMORY, message, split)

@@ -48,6 +48,10 @@ class BmpSplit:
     def lossless(self) -> bool:
         return not self.coding.colours
 
+    @property
+    def bytes_per_pixel(self) -> int:
+        return 10
+
     def pixels(self) -> Pixels:
         rows = self._rows()
         if self.coding.bits == 8:

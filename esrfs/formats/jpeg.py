@@ -4,7 +4,8 @@ A view, byte for byte::
 
     SOI
     the original's segments before SOS, verbatim and in their order, with its DQT and SOF in their places. Quantisation
-        values are changed in place when the view had to be quantised more coarsely. DHT and DRI are left out, except
+        values are changed in place when the view had to be quantised more coarsely (a low-pass is tried first:
+        ``_settings``). DHT and DRI are left out, except
         before an APPn or COM segment: those must not move, since exiftool prints offsets in them and MPF counts from
         its own place. There a DHT stays (ours, later, replaces it) and a DRI stays with its interval set to 0. Left
         out, too, is the fill of an earlier view, whose pixels were edited.
@@ -34,7 +35,7 @@ from dataclasses import dataclass
 
 import msgspec
 import PIL
-from PIL import Image, ImageFile, features
+from PIL import Image, ImageFile, ImageFilter, features
 
 from esrfs.blob.recipe import JpegCoding, Literal, Run, Span
 from esrfs.blob.reference import REFERENCE_BYTES
@@ -44,8 +45,12 @@ from esrfs.formats.jpeg_parse import DHT, DQT, DRI, Structure
 from esrfs.formats.pixels import as_array, as_image_for_jpeg, check_dimensions, softened
 from esrfs.formats.view import TAIL_BYTES, DoesNotFit, FittedView, Note, Pixels, front_fill, joined, no_note, noted
 
-COARSER = (1.0, 1.08, 1.17, 1.27, 1.38, 1.5)
+COARSER = (1.08, 1.17, 1.27, 1.38, 1.5)
 """Factors on the quantisation that are tried in this order until the view fits."""
+SLIGHTLY_SOFTER, SOFTER = (0.35, 0.42, 0.5), (0.6, 0.75, 0.9)
+"""Radii of a low-pass in pixels, likewise."""
+_COARSE = 29
+"""Mean value of a luma table that is coarse: libjpeg's at quality 75."""
 
 _FILL_HEADER = b"\xff\xed\x00\x00esrfs\x00"
 _FILL_SMALLEST = len(_FILL_HEADER)
@@ -160,6 +165,10 @@ class JpegSplit:
     def height(self) -> int:
         return self.structure.height
 
+    @property
+    def bytes_per_pixel(self) -> int:
+        return 16 if self.structure.progressive else 10  # libjpeg holds all coefficients of a progressive picture
+
     def pixels(self) -> Pixels:
         return intact_pixels(self.data, self.structure)
 
@@ -176,7 +185,7 @@ def split(data: bytes, max_megapixels: float) -> JpegSplit:
 
 def encode_scan(coding: JpegCoding, width: int, height: int, pixels: Pixels, length: int) -> bytes:
     """See ``formats.encode_scan``."""
-    for image in softened(as_image_for_jpeg(pixels, width, height, coding.mode)):
+    for image in softened(_softened(coding, as_image_for_jpeg(pixels, width, height, coding.mode))):
         scan = _scan(coding, image)
         if len(scan) <= length:
             return b"".join((scan, b"\xff" * (length - len(scan))))
@@ -203,17 +212,30 @@ def _fit(split: JpegSplit, pixels: Pixels, note: Note) -> FittedView:
     structure = split.structure
     image = as_image_for_jpeg(pixels, structure.width, structure.height, structure.mode)
     over = 0
-    for factor in COARSER:
-        coding = _coarser(structure.coding, factor)
+    for factor, radius in _settings(structure.quantisation[0]):
+        coding = _coarser(structure.coding, factor, radius)
         tables = _envelope(structure, factor) + _huffman(structure.mode, structure.progressive)
-        scan = _scan(coding, image)
+        scan = _scan(coding, _softened(coding, image))
         free = structure.eoi - len(tables) - len(_scan_header(structure)) - len(scan)
         if free >= 0 and (free % 2 == 0 or free > _FILL_SMALLEST or not _is_followed(split)):
             return _lay_out(split, coding, tables, scan, free, note(coding, bytes(scan)))
         over = -free
     raise DoesNotFit(
-        f"the rebuilt picture is {over} bytes too long, even quantised {COARSER[-1]:g} times more coarsely"
+        f"the rebuilt picture is {over} bytes too long, even softened, or quantised {COARSER[-1]:g} times more coarsely"
     )
+
+
+def _settings(luma: list[int]) -> Iterator[tuple[float, float]]:
+    """Factors and radii, the least harm first (docs/formats.md). Slightly softer costs less than coarser, mostly; and
+    what was quantised coarsely falls apart when its blocks are quantised again with other steps."""
+    yield 1.0, 0.0
+    yield from ((1.0, radius) for radius in SLIGHTLY_SOFTER)
+    coarser, softer = [(factor, 0.0) for factor in COARSER], [(1.0, radius) for radius in SOFTER]
+    yield from (softer + coarser if sum(luma) >= _COARSE * len(luma) else coarser + softer)
+
+
+def _softened(coding: JpegCoding, image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(coding.softened)) if coding.softened else image
 
 
 def _lay_out(  # noqa: PLR0917
@@ -284,9 +306,9 @@ def _coarser_tables(payload: bytes, factor: float) -> bytes:
     return b"".join(parts)
 
 
-def _coarser(coding: JpegCoding, factor: float) -> JpegCoding:
+def _coarser(coding: JpegCoding, factor: float, radius: float) -> JpegCoding:
     tables = [_scaled(values, factor) for values in coding.quantisation]
-    return msgspec.structs.replace(coding, quantisation=tables)
+    return msgspec.structs.replace(coding, quantisation=tables, coarser=factor, softened=radius)
 
 
 def _scaled(values: list[int], factor: float) -> list[int]:

@@ -80,6 +80,10 @@ class PngSplit:
     def lossless(self) -> bool:
         return not self.structure.colours and not self.structure.key
 
+    @property
+    def bytes_per_pixel(self) -> int:
+        return 14 + 6 * self.structure.interlaced + 8 * (self.structure.mode in ("LA", "RGBA"))
+
     def pixels(self) -> Pixels:
         structure = self.structure
         if structure.colours:

@@ -95,6 +95,11 @@ class Split(Protocol):
     @property
     def height(self) -> int: ...
 
+    @property
+    def bytes_per_pixel(self) -> int:
+        """Memory that compaction takes for each pixel, besides what the file's size adds (docs/benchmarks.md)."""
+        ...
+
     def pixels(self) -> Pixels:
         """uint8, height × width × C as stored; C: 1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha.
 

@@ -89,6 +89,10 @@ class WebpSplit:
     riff_end: int
     kind: str = "webp"
 
+    @property
+    def bytes_per_pixel(self) -> int:
+        return 20 + 8 * (self.mode == "RGBA" or bool(self.alpha))
+
     def pixels(self) -> Pixels:
         try:
             with Image.open(io.BytesIO(self.data[: self.riff_end]), formats=("WEBP",)) as image:
@@ -184,7 +188,7 @@ def _lossy(image: Image.Image, room: int) -> tuple[WebpCoding, bytes]:
             return math.inf
         return len(streams[quality])
 
-    fitting = bisect.bisect_right(QUALITIES, room, key=size)
+    fitting = bisect.bisect_right(QUALITIES, float(room), key=size)
     quality = QUALITIES[max(fitting - 1, 0)]
     if quality not in streams:
         size(quality)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from esrfs.blob.container import BlobDamaged
-from esrfs.blob.recipe import kind_of
+from esrfs.blob.recipe import Coding, JpegCoding, kind_of
 from esrfs.compaction.outcome import Reason
 from esrfs.formats.identify import HEAD_BYTES, identify
 from esrfs.store.beneath import beneath
@@ -152,7 +152,7 @@ def _of_blob(store: Store, path: str, descriptor: int, st: os.stat_result, info:
     return Explanation(
         path=path,
         state="blob",
-        message=recipe.note or None,
+        message=recipe.note or _how_it_fits(recipe.coding) or None,
         format=kind_of(recipe.coding),
         width=recipe.width,
         height=recipe.height,
@@ -173,6 +173,15 @@ def _of_blob(store: Store, path: str, descriptor: int, st: os.stat_result, info:
         created_by=recipe.created_by,
         **sizes,  # type: ignore[arg-type]  # as the fields are
     )
+
+
+def _how_it_fits(coding: Coding) -> str:
+    """What was done to the view so that it has the original's size; the scores were measured after it."""
+    if isinstance(coding, JpegCoding) and coding.softened:
+        return f"to fit the original's size, its view was softened (a low-pass of {coding.softened:g} pixels)"
+    if isinstance(coding, JpegCoding) and coding.coarser != 1.0:
+        return f"to fit the original's size, its view was quantised {coding.coarser:g} times more coarsely"
+    return ""
 
 
 def attributes(explanation: Explanation) -> dict[str, object]:
