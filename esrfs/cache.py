@@ -223,12 +223,6 @@ class ViewCache:
             self.misses += 1
         return hit
 
-    def contains(self, key: str) -> bool:
-        """Whether the view is cached; counts neither as hit nor as use."""
-        return self._attempt(
-            "a look-up", lambda: self._kept is not None and (key in self._kept or key in self._new), False
-        )
-
     def put(self, key: str, view: bytes | FileValue) -> Hit:
         """Keep ``view`` and give it back as a descriptor; of an unnamed file in memory when the cache can't take it."""
         value = filevalue.of_bytes(view) if isinstance(view, bytes) else view

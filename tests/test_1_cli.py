@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ import typer.main
 from esrfs_daemon import main as daemon
 from PIL import Image
 
+from esrfs import __version__
 from esrfs.blob import container, recipe
 from esrfs.blob.recipe import JpegCoding, Literal, Recipe, Run, Scores
 from esrfs.cli import main, manual, mounting, paths, show
@@ -170,6 +173,16 @@ def test_bad_usage(esrfs):
     assert esrfs("fly")[0] == ExitCode.USAGE
     assert esrfs("status")[0] == ExitCode.USAGE
     assert esrfs("init", "--preset", "best", "x")[0] == ExitCode.USAGE
+
+
+def test_version(esrfs):
+    code, out, _ = esrfs("--version")
+    assert code == 0
+    assert out.splitlines()[0] == f"esrfs {__version__}"
+    assert re.search(r"mfusepy \d+\.\d.*, torch \d+\.\d", out)
+    show_modules = "import sys; from esrfs.cli import main; main.run(['esrfs', '--version']); print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", show_modules], capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "mfusepy"} & set(result.stdout.split("\n")[-2].split())
 
 
 def test_as_a_program():
@@ -449,6 +462,31 @@ def test_check_deep_reports_a_view_that_can_not_be_rebuilt(esrfs, store, monkeyp
         report = check.check(opened, rebuild)
     assert (report.rebuilt, [finding.problem for finding in report.findings]) == (1, ["rebuild_failed"])
     assert reached == [b"ftyp"]
+
+
+def test_a_store_whose_empty_folders_were_lost(esrfs, store):
+    """As git, rsync -m and some backups do it."""
+    (store / "plain.txt").write_text("x")
+    for command in (["status", store], ["check", store], ["resume", store], ["compact", "--now", store]):
+        for folder in (".esrfs/originals", ".esrfs/staging", ".esrfs/networks", ".esrfs/ledger", ".esrfs/blobs"):
+            shutil.rmtree(store / folder)
+        code, _, err = esrfs(*command)
+        assert code in (0, ExitCode.REFUSED), err
+        assert "not an esrfs store" not in err
+        assert (store / ".esrfs/originals").is_dir()
+        assert esrfs("resume", store)[0] == 0
+
+
+def test_a_store_that_lacks_a_folder_where_none_can_be_made(esrfs, store, monkeypatch):
+    (store / ".esrfs/originals").rmdir()
+
+    def refuse(*_args, **_options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    code, _, err = esrfs("status", store)
+    assert code == ExitCode.DAMAGE
+    assert ".esrfs/originals" in err
 
 
 def test_restore(esrfs, store):

@@ -6,15 +6,19 @@ it mounts."""
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import io
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
-from esrfs.cli import mounting
+import esrfs
+from esrfs.cli import mounting, show
 from esrfs.cli.show import CommandError, note
 from esrfs.control import ControlError
 from esrfs.engine.client import EngineError
@@ -44,6 +48,9 @@ COMMANDS = {
 }
 """Each command's module: only the one that is asked for is imported, which halves the time that it takes to mount."""
 
+_LIBRARIES = ("mfusepy", "torch", "pillow", "imagecodecs")
+"""What mounts and pictures depend on most; an error report should name them."""
+
 _STORE_PROBLEMS = {
     Problem.NOT_A_STORE: ExitCode.NOT_A_STORE,
     Problem.REFUSED: ExitCode.REFUSED,
@@ -63,14 +70,40 @@ def make_app(command: str = "") -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback()(_keep_subcommands)
+    app.callback()(_options_of_all)
     for module in dict.fromkeys([COMMANDS[command]] if command in COMMANDS else COMMANDS.values()):
         importlib.import_module(f"esrfs.cli.{module}").add_to(app)
     return app
 
 
-def _keep_subcommands() -> None:
+def _show_version(asked: bool) -> None:
+    if asked:
+        show.line(f"esrfs {esrfs.__version__}")
+        show.line(", ".join(f"{name} {_installed(name)}" for name in _LIBRARIES))
+        show.line(f"Python {platform.python_version()}, Linux {platform.release()}")
+        raise typer.Exit
+
+
+def _options_of_all(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Show which esrfs this is, and which libraries it runs on.",
+            is_eager=True,
+            callback=_show_version,
+        ),
+    ] = False,
+) -> None:
     """Without a callback typer would take the name away from a command that is the only one."""
+
+
+def _installed(name: str) -> str:
+    """A package's version, without an import of it: that of torch alone takes a second."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "is missing"
 
 
 def main() -> None:

@@ -327,6 +327,8 @@ def open_store(path: str, readonly: bool = False) -> Store:
         host = host_id(config.id)
         if not readonly:
             readonly = not _make_directories(meta_fd, host)
+        if readonly:
+            _make_lost_directories(meta_fd)
         staging_fd = blobs_fd = -1
         with contextlib.suppress(FileNotFoundError):
             staging_fd = directory(f"{STAGING}/{host}", meta_fd)
@@ -350,6 +352,12 @@ def open_store(path: str, readonly: bool = False) -> Store:
     except BaseException as error:
         for fd in opened:
             os.close(fd)
+        if isinstance(error, FileNotFoundError) and error.filename in (LEDGER, ORIGINALS, NETWORKS):
+            raise StoreError(
+                f"{path} is an esrfs store that lacks the folder {RESERVED}/{error.filename} (some backups leave out "
+                "empty folders), and it can't be made here. Make it, or copy the store to where it can be written.",
+                Problem.DAMAGED,
+            ) from error
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             raise StoreError(
                 f"{path} is not an esrfs store. Make it one with: esrfs init {path}", Problem.NOT_A_STORE
@@ -363,7 +371,10 @@ def open_store(path: str, readonly: bool = False) -> Store:
 
 
 def _make_directories(meta_fd: int, host: str) -> bool:
-    """Make what is missing, this host's staging directory at least. False on a read-only filesystem."""
+    """Make what is missing, this host's staging directory at least. False on a read-only filesystem.
+
+    All but store.toml may be: git, and backups that leave out empty folders, bring none of them back.
+    """
     for name in (STAGING, LEDGER, ORIGINALS, NETWORKS, BLOBS, f"{STAGING}/{host}", f"{LEDGER}/{ledger.SETTLED}"):
         try:
             os.mkdir(name, 0o700, dir_fd=meta_fd)
@@ -374,6 +385,13 @@ def _make_directories(meta_fd: int, host: str) -> bool:
                 raise
             return False
     return os.access(".", os.W_OK, dir_fd=meta_fd)
+
+
+def _make_lost_directories(meta_fd: int) -> None:
+    """What every look at a store relies on: a backup that left out empty folders is to be looked at, too."""
+    for name in (LEDGER, ORIGINALS, NETWORKS):
+        with contextlib.suppress(OSError):
+            os.mkdir(name, 0o700, dir_fd=meta_fd)
 
 
 def _config_of_any_version(text: str, where: str) -> StoreConfig:

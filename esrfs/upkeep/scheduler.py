@@ -5,7 +5,8 @@ The vfs tells what changed through this mount; a walk at the start and from time
 a file in the store, so it holds for every mount of it.
 
 Compaction stops by itself, and says so, when the engine fails repeatedly, when the store's disk fails, when the gate
-refuses everything, and when space is low even after the undo window was shortened.
+refuses everything, and when space is low even after the undo window was shortened. From the last it goes on by itself
+once there is room well above the floor; the others wait for somebody who says ``esrfs resume``.
 
 Locks: ``_changed`` protects the queue and the counters, and is never held while a file is looked at. ``_working`` is
 held for the whole of one file, so that a command and the thread never compact at the same time; it is taken first.
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from esrfs.compaction.outcome import Reason, Verdict
 from esrfs.engine.client import EngineError
 from esrfs.networks.registry import WeightsError
+from esrfs.store import linux, staging
 from esrfs.store.beneath import open_parent
 from esrfs.store.errors import StoreError
 from esrfs.store.identity import Identity
@@ -46,6 +48,12 @@ _ENGINE_FAILURES = 3
 _REFUSALS_IN_A_ROW = 300
 _LEAST_FREE_SHARE = 0.01
 _LEAST_FREE_BYTES = 256 * 2**20
+_MORE_TO_GO_ON = 2
+"""So many times as much as was too little must be free before compaction goes on: it is not to stop again at once."""
+_ROOM_SECONDS = 60.0
+"""When a full disk is looked at again; each time that it was full again without a file compacted, twice as late …"""
+_ROOM_SECONDS_AT_MOST = 3600.0
+"""… up to this."""
 
 Emit = Callable[[Done, int, int], bool]
 """Told each file that is done, how many are, and of how many; False to stop."""
@@ -93,6 +101,9 @@ class Scheduler:
         self._thread: threading.Thread | None = None
         self._ending = False
         self._stopped_because = ""
+        self._lacks_room = False  # that is why it stopped
+        self._room_wait = 0.0
+        self._next_look_for_room = 0.0
         self._engine_failures = 0
         self._refusals = 0
         self._next_walk = 0.0
@@ -131,7 +142,7 @@ class Scheduler:
         """Go on after a pause, or after compaction stopped by itself."""
         resume(self._store)
         with self._changed:
-            self._stopped_because = ""
+            self._stopped_because, self._lacks_room, self._room_wait = "", False, 0.0
             self._engine_failures = self._refusals = 0
             self._next_walk = 0.0
             self._changed.notify()
@@ -183,7 +194,11 @@ class Scheduler:
         if now >= self._next_walk:
             self._next_walk = now + _WALK_SECONDS
             self._find_originals()
-        if self._stopped_because or is_paused(self._store) or not self._workshop.lease_held():
+        if is_paused(self._store) or not self._workshop.lease_held():
+            return _TICK_SECONDS
+        if self._lacks_room and now >= self._next_look_for_room:
+            self._look_for_room()
+        if self._stopped_because:
             return _TICK_SECONDS
         with self._changed:
             due = [(path, waiting) for path, waiting in self._queue.items() if waiting.due <= now]
@@ -311,6 +326,8 @@ class Scheduler:
                 return None
         self._engine_failures = 0
         self._watch_refusals(done)
+        if done.state == Verdict.COMPACTED:
+            self._room_wait = 0.0
         with self._changed:
             self.counts[done.state] += 1
         if done.state != "left":
@@ -318,16 +335,26 @@ class Scheduler:
         return done
 
     def _has_room(self) -> bool:
-        space = os.fstatvfs(self._store.root_fd)
-        least = min(_LEAST_FREE_BYTES, int(space.f_blocks * space.f_frsize * _LEAST_FREE_SHARE))
-        if space.f_bavail * space.f_frsize >= least:
+        if _is_free(self._store, 1):
             return True
         self._make_room()
-        space = os.fstatvfs(self._store.root_fd)
-        if space.f_bavail * space.f_frsize >= least:
+        if _is_free(self._store, 1):
             return True
-        self._stop("the store's disk is nearly full, and the undo window is as short as it may be")
+        self._stop("the store's disk is nearly full, and the undo window is as short as it may be", for_room=True)
         return False
+
+    def _look_for_room(self) -> None:
+        """Go on after a full disk, if there is room again. The undo window has aged meanwhile: it may give some."""
+        with self._working:
+            if not _is_free(self._store, _MORE_TO_GO_ON):
+                self._make_room()
+            if not (_is_free(self._store, _MORE_TO_GO_ON) and _can_be_written(self._store)):
+                self._next_look_for_room = time.monotonic() + self._room_wait
+                return
+            with self._changed:
+                if self._lacks_room:
+                    self._stopped_because, self._lacks_room = "", False
+                    log.info("compaction of %s goes on: there is room again", self._store.path)
 
     def _engine_failed(self, path: str, error: Exception) -> None:
         self._engine_failures += 1
@@ -339,7 +366,7 @@ class Scheduler:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             log.warning("%s: not compacted, no space is left for the blob; the original stays", path)
             self._make_room()
-            self._stop("no space is left for blobs")
+            self._stop("no space is left for blobs", for_room=True)
         else:
             log.error("%s: not compacted (%s); the original stays", path, error)
             if error.errno in (errno.EIO, errno.EROFS):
@@ -353,10 +380,16 @@ class Scheduler:
         elif done.state == Verdict.COMPACTED:
             self._refusals = 0
 
-    def _stop(self, reason: str) -> None:
-        if not self._stopped_because:
-            self._stopped_because = reason
-            log.error("compaction of %s stops: %s. `esrfs resume` starts it again.", self._store.path, reason)
+    def _stop(self, reason: str, *, for_room: bool = False) -> None:
+        with self._changed:
+            if self._stopped_because and not (self._lacks_room and not for_room):
+                return
+            self._stopped_because, self._lacks_room = reason, for_room
+            if for_room:
+                self._room_wait = min(max(2 * self._room_wait, _ROOM_SECONDS), _ROOM_SECONDS_AT_MOST)
+                self._next_look_for_room = time.monotonic() + self._room_wait
+        how = "It goes on by itself when there is room again, or" if for_room else "It goes on"
+        log.error("compaction of %s stops: %s. %s with `esrfs resume`.", self._store.path, reason, how)
 
     # A command.
 
@@ -395,6 +428,12 @@ class Scheduler:
             raise CompactionUnavailable(f"{self._store.path}: another mount compacts this store; ask that one")
         if is_paused(self._store):
             raise CompactionUnavailable(f"{self._store.path}: compaction is paused; see esrfs resume")
+        if self._lacks_room:
+            self._look_for_room()
+        if self._stopped_because:
+            raise CompactionUnavailable(
+                f"{self._store.path}: compaction has stopped: {self._stopped_because}; see esrfs resume"
+            )
         found = [each.path for each in walk.files(self._store, paths)]
         totals: Counter[str] = Counter()
         for number, path in enumerate(found, 1):
@@ -410,3 +449,26 @@ class Scheduler:
             if not emit(done, number, len(found)) or self._stopped_because:
                 break
         return totals
+
+
+def _is_free(store: Store, times: int) -> bool:
+    """Whether the store's disk has ``times`` the room that compaction leaves to others. Raises OSError."""
+    space = os.fstatvfs(store.root_fd)
+    return space.f_bavail * space.f_frsize >= times * _floor(space)
+
+
+def _floor(space: os.statvfs_result) -> int:
+    return min(_LEAST_FREE_BYTES, int(space.f_blocks * space.f_frsize * _LEAST_FREE_SHARE))
+
+
+def _can_be_written(store: Store) -> bool:
+    """Whether room is to be had for us, too: a quota is not seen in what the disk has free."""
+    try:
+        descriptor = staging.create_unnamed(store)
+        try:
+            linux.reserve(descriptor, _floor(os.fstatvfs(store.root_fd)))
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return False
+    return True
