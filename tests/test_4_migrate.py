@@ -23,12 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from esrfs_daemon import config, destination, once
+from esrfs_daemon import config, copying, destination, durable, once
 from esrfs_daemon.journal import Busy, Journal
-from esrfs_daemon.migration import FAULT_POINTS, DestinationLost, NoRoom, Refused, Report
+from esrfs_daemon.migration import FAULT_POINTS, Migration
+from esrfs_daemon.report import DestinationLost, NoRoom, Report
+from esrfs_daemon.suitable import Refused
 from esrfs_daemon.throttle import Stopped, Throttle
 from esrfs_daemon.walk import Filters
 
+from esrfs.store import linux
 from tests.asking import Asking
 from tests.mounting import Mounted
 from tests.witness import QuickMounted, paused_at, photo, wait_until
@@ -475,23 +478,28 @@ def test_a_source_that_changes_while_it_is_copied_is_taken_later(migrating: Migr
     assert os.listdir(migrating.to) == []
 
 
+@pytest.mark.parametrize("size", [4000, 3 << 20], ids=["small", "large"])
 def test_bytes_that_are_read_back_otherwise_are_not_believed(
-    migrating: Migrating, monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None]
+    migrating: Migrating, monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None], size: int
 ) -> None:
     """A disk that forgets: the copy is spoilt in the store, below the mount, after it was written."""
     expect_log("read back with other bytes")
-    write(migrating.source / "a.jpg", b"true" * 1000)
-    original = os.fsync
+    content = b"true" * (size // 4)
+    write(migrating.source / "a.jpg", content)
 
-    def spoil(fd: int) -> None:
-        original(fd)
-        for part in migrating.mount.store.rglob(".esrfs-*.part"):
-            part.write_bytes(b"false" * 800)
+    def spoils(original: Callable[[int], None]) -> Callable[[int], None]:
+        def spoil(fd: int) -> None:
+            original(fd)
+            for part in migrating.mount.store.rglob(".esrfs-*.part"):
+                part.write_bytes(b"fals" * (size // 4))
 
-    monkeypatch.setattr(os, "fsync", spoil)
+        return spoil
+
+    monkeypatch.setattr(os, "fsync", spoils(os.fsync))
+    monkeypatch.setattr(linux, "syncfs", spoils(linux.syncfs))
     report = migrating.migrate("delete")
     assert "other bytes" in report.failed[0].reason
-    assert contents(migrating.source) == {"a.jpg": b"true" * 1000}
+    assert contents(migrating.source) == {"a.jpg": content}
     assert os.listdir(migrating.to) == []
 
 
@@ -500,13 +508,201 @@ def test_the_copy_is_read_from_the_disk_and_not_from_the_cache(
 ) -> None:
     """Of the copy, and of the store's file below it, no page is left in the cache when reading back begins."""
     write(migrating.source / "a.jpg", os.urandom(2 << 20))
-    from esrfs_daemon import copying  # noqa: PLC0415
-
     dropped = []
     original = copying.drop_pages
     monkeypatch.setattr(copying, "drop_pages", lambda fd: (dropped.append(os.fstat(fd).st_dev), original(fd)))
     migrating.migrate()
     assert set(dropped) == {migrating.to.stat().st_dev, migrating.mount.store.stat().st_dev}
+
+
+# ---- many small files at a time
+
+
+def parts(migrating: Migrating) -> list[str]:
+    return [path.name for top in (migrating.source, migrating.mount.store) for path in top.rglob(".esrfs-*")]
+
+
+@pytest.fixture
+def fsynced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Inodes of files that were fsynced one by one."""
+    found: list[int] = []
+    original = copying.make_durable
+
+    def each(fd: int) -> None:
+        original(fd)
+        found.append(os.fstat(fd).st_ino)
+
+    monkeypatch.setattr(copying, "make_durable", each)
+    return found
+
+
+def small_files(migrating: Migrating, count: int) -> dict[str, bytes]:
+    for number in range(count):
+        write(migrating.source / f"{number:03}.jpg", b"%d" % number * 100)
+    return contents(migrating.source)
+
+
+def test_an_error_at_the_common_step_is_found_out_file_by_file(
+    migrating: Migrating, monkeypatch: pytest.MonkeyPatch, fsynced: list[int]
+) -> None:
+    """Only what was durable counts: of the others the source stays, and the file is named."""
+    before = small_files(migrating, 70)
+    each = copying.make_durable
+
+    def fails(fd: int) -> None:
+        each(fd)
+        if os.pread(fd, 300, 0) == before["007.jpg"]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def syncfs(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(linux, "syncfs", syncfs)
+    monkeypatch.setattr(copying, "make_durable", fails)
+    report = migrating.migrate("delete")
+    assert {note.path: note.reason for note in report.failed} == {"007.jpg": "Input/output error"}
+    assert contents(migrating.source) == {"007.jpg": before["007.jpg"]}
+    assert contents(migrating.to) == {name: content for name, content in before.items() if name != "007.jpg"}
+    assert parts(migrating) == []
+    assert len(set(fsynced)) == 70
+    monkeypatch.undo()
+    assert migrating.migrate("delete").touched == 1
+    assert contents(migrating.to) == before
+
+
+def test_one_common_step_stands_for_an_fsync_of_each(
+    migrating: Migrating, monkeypatch: pytest.MonkeyPatch, fsynced: list[int]
+) -> None:
+    """And every batch has a barrier of its own, opened before its first file is: errors are told once for each."""
+    before = small_files(migrating, 70)
+    events: list[str] = []
+    synced: list[int] = []
+
+    def noted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            events.append(name)
+            return original(*arguments)
+
+        return call
+
+    monkeypatch.setattr(durable, "open_barrier", noted("open", durable.open_barrier))
+    monkeypatch.setattr(copying, "copy", noted("copy", copying.copy))
+    original = linux.syncfs
+    monkeypatch.setattr(linux, "syncfs", lambda fd: (synced.append(os.fstat(fd).st_dev), original(fd)))
+    report = migrating.migrate("delete")
+    assert (report.copied, report.touched) == (70, 70)
+    assert contents(migrating.to) == before
+    if filesystem_type_of(migrating.mount.store) not in ("btrfs", "ext4", "f2fs", "tmpfs", "xfs"):
+        assert synced == []
+        return
+    assert synced == [migrating.mount.store.stat().st_dev] * 2
+    assert fsynced == []
+    opens = [number for number, name in enumerate(events) if name == "open"]
+    assert (opens[0], events.count("open")) == (0, 2)
+    assert events[: opens[1]].count("copy") <= 64
+
+
+def filesystem_type_of(path: Path) -> str:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return destination.filesystem_type(fd)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("case", ["an old kernel", "another filesystem", "elsewhere", "unreadable"])
+def test_where_the_common_step_can_not_be_trusted_each_file_is_fsynced(
+    migrating: Migrating, monkeypatch: pytest.MonkeyPatch, fsynced: list[int], tmp_path: Path, case: str
+) -> None:
+    before = small_files(migrating, 5)
+    if case == "an old kernel":
+        monkeypatch.setattr("platform.release", lambda: "5.16.9")
+    elif case == "another filesystem":
+        monkeypatch.setattr(durable, "filesystem_type", lambda fd: "nfs4")
+    elif case == "elsewhere":  # something else has come to lie at the store's path
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.setattr(
+            destination, "_backing", lambda store, relative: os.open(tmp_path / "elsewhere", os.O_RDONLY)
+        )
+    else:
+        monkeypatch.setattr(destination, "_backing", lambda store, relative: -1)
+    assert migrating.migrate("delete").touched == 5
+    assert contents(migrating.to) == before
+    assert len(set(fsynced)) == 5
+
+
+def test_a_batch_is_brought_to_its_end_before_a_pause(migrating: Migrating, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_files(migrating, 70)
+    left: list[int] = []
+    with migrating.prepared() as work:
+        throttle = work._throttle
+        asked = 0
+
+        def blocked() -> str:
+            nonlocal asked
+            if threading.current_thread() is not threading.main_thread():
+                return ""  # what is being copied is
+            asked += 1
+            return "battery" if 2 <= asked <= 3 else ""
+
+        monkeypatch.setattr(throttle, "blocked", blocked)
+        throttle.on_pause = lambda reason: left.append(len(os.listdir(migrating.source)))
+        assert work.migrate("delete", quiet=0.0).touched == 70
+    assert left[0] == 70 - 64
+
+
+def test_what_was_begun_is_finished_when_there_is_no_more_room(
+    migrating: Migrating, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = small_files(migrating, 150)
+    asked = 0
+
+    def no_room(self: Migration, size: int) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            raise NoRoom("full")
+
+    monkeypatch.setattr(Migration, "_check_room", no_room)
+    with pytest.raises(NoRoom):
+        migrating.migrate("delete")
+    left = contents(migrating.source)
+    assert len(left) == 150 - 128
+    assert {**contents(migrating.to), **left} == before
+    assert parts(migrating) == []
+
+
+def test_an_error_nobody_expects_leaves_no_part_behind(migrating: Migrating, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = small_files(migrating, 150)
+
+    def record(self: Migration, batch: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(Migration, "_record", record)
+    with pytest.raises(sqlite3.OperationalError):
+        migrating.migrate("delete")
+    assert contents(migrating.source) == before
+    assert parts(migrating) == []
+    monkeypatch.undo()
+    report = migrating.migrate("delete")
+    assert (report.touched, report.beside, report.failed) == (150, [], [])
+    assert contents(migrating.to) == before
+
+
+@pytest.mark.parametrize("point", ["migrate.copied", "migrate.synced", "migrate.recorded"])
+def test_a_kill_while_one_batch_is_verified_and_the_next_is_copied(migrating: Migrating, point: str) -> None:
+    before = small_files(migrating, 100)
+    assert migrating.command("--then", "delete", faults=f"{point}=kill").returncode == -9
+    left, there = contents(migrating.source), contents(migrating.to)
+    assert set(before.values()) <= set(left.values()) | set(there.values())
+    assert left == before
+    report = migrating.migrate("delete")
+    assert not report.failed + report.left + report.later + report.beside
+    assert contents(migrating.to) == before
+    assert contents(migrating.source) == {}
+    assert parts(migrating) == []
+    assert not migrating.undo().failed
+    assert contents(migrating.source) == before
 
 
 # ---- what is refused

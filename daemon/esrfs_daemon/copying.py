@@ -84,8 +84,8 @@ def snapshot(fd: int) -> Metadata:
     return Metadata(found.mode, found.uid, found.gid, found.atime_ns, found.mtime_ns, carried)
 
 
-def copy(source: int, target: int, st: os.stat_result, wanted: Metadata, throttle: Throttle) -> bytes:
-    """Content and metadata of ``source`` into the empty file ``target``; the sha256 of what was read.
+def copy(source: int, target: int, st: os.stat_result, throttle: Throttle) -> bytes:
+    """The content of ``source`` into the empty file ``target``; the sha256 of what was read.
 
     Raises Changed, Stopped, OSError. Nothing is durable yet.
     """
@@ -110,23 +110,34 @@ def copy(source: int, target: int, st: os.stat_result, wanted: Metadata, throttl
     if position < st.st_size:
         os.ftruncate(target, st.st_size)
     faults.reach("migrate.copied")
-    _apply(target, wanted)
     return state.digest()
 
 
-def _apply(target: int, wanted: Metadata) -> None:
-    """The plain case in as few calls as there can be, since each goes through the mount; ``difference`` finds out
-    whether it was one (an ACL may have come from the folder)."""
-    if wanted.xattrs:
-        metadata.apply(target, wanted)
-        return
-    have = os.fstat(target)
-    if (have.st_uid, have.st_gid) != (wanted.uid, wanted.gid):
-        metadata.apply(target, wanted)
-        return
-    if stat.S_IMODE(have.st_mode) != wanted.mode:
-        os.fchmod(target, wanted.mode)
-    os.utime(target, ns=(wanted.atime_ns, wanted.mtime_ns))
+def has_attributes(fd: int) -> bool:
+    """Whether a new file has extended attributes already: what its folder gives it, an ACL for one. Raises OSError."""
+    return bool(snapshot(fd).xattrs)
+
+
+def read_ahead(fd: int) -> None:
+    """Have the kernel begin to read a small file, so that the disk reads many at a time."""
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+
+
+def give(target: int, wanted: Metadata, *, plain: bool = False) -> str | None:
+    """Set the copy's metadata, and look: what of it the copy lacks, for people; None when nothing does. Raises OSError.
+
+    ``plain``: the copy has no extended attributes. Each call goes through the mount, so the frequent case takes but
+    one, whose answer tells the rest.
+    """
+    if plain and not wanted.xattrs:
+        os.utime(target, ns=(wanted.atime_ns, wanted.mtime_ns))
+        st = os.fstat(target)
+        have = Metadata(stat.S_IMODE(st.st_mode), st.st_uid, st.st_gid, st.st_atime_ns, st.st_mtime_ns, {})
+        if metadata.difference(wanted, have) is None:
+            return None
+    metadata.apply(target, wanted)
+    return metadata.difference(wanted, snapshot(target))
 
 
 def make_durable(fd: int) -> None:
@@ -140,13 +151,20 @@ def digest_past_cache(fd: int, drop_below: Callable[[], None] = lambda: None) ->
     (``drop_below``). Raises OSError."""
     drop_pages(fd)
     drop_below()
+    return digest(fd)
+
+
+def digest(fd: int, size: int = _CHUNK) -> bytes:
+    """The sha256 of a file; ``size``: what it should be, so that a small one is read at once. Raises OSError."""
     faults.reach("migrate.read_back")
     state = hashlib.sha256()
-    buffer = memoryview(bytearray(_CHUNK))
+    buffer = memoryview(bytearray(min(_CHUNK, size + 1)))
     position = 0
     while count := os.preadv(fd, [buffer], position):
         state.update(buffer[:count])
         position += count
+        if position == size and count < len(buffer):
+            break  # it was asked for one byte more, and there is none
     return state.digest()
 
 
@@ -154,16 +172,6 @@ def drop_pages(fd: int) -> None:
     """Let the kernel forget the clean pages of a file, so that the next read comes from below."""
     with contextlib.suppress(OSError):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def difference(wanted: Metadata, fd: int) -> str | None:
-    """What of ``wanted`` the copy lacks, for people, after another try to set it; None when nothing does. Raises
-    OSError."""
-    if metadata.difference(wanted, snapshot(fd)) is None:
-        return None
-    metadata.apply(fd, wanted)
-    os.fsync(fd)
-    return metadata.difference(wanted, snapshot(fd))
 
 
 def _data(fd: int, st: os.stat_result) -> Iterator[tuple[int, int]]:

@@ -41,6 +41,8 @@ import platformdirs
 log = logging.getLogger("esrfs.daemon")
 
 VERSION = 1
+INTERRUPTED = "interrupted"
+"""Begins a note: worth another try, whenever the file is seen."""
 State = Literal["begun", "verified", "done", "left", "undone"]
 Kind = Literal["file", "symlink", "directory"]
 

@@ -13,8 +13,10 @@ from esrfs_daemon import walk
 from esrfs_daemon.config import Then
 from esrfs_daemon.destination import Destination, opened
 from esrfs_daemon.journal import Journal
-from esrfs_daemon.migration import Migration, Progress, Report, open_source_root, refuse_unsuitable
+from esrfs_daemon.migration import Migration
+from esrfs_daemon.report import Progress, Report
 from esrfs_daemon.settle import Settling
+from esrfs_daemon.suitable import open_source_root, refuse_unsuitable
 from esrfs_daemon.throttle import Stopped, Throttle
 from esrfs_daemon.undo import Undo, UndoReport
 from esrfs_daemon.walk import Filters, Found, Unmovable

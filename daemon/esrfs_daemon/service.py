@@ -23,18 +23,11 @@ from esrfs_daemon import config, walk
 from esrfs_daemon.config import Config, Rule
 from esrfs_daemon.destination import NotMounted, opened
 from esrfs_daemon.journal import Busy, Journal
-from esrfs_daemon.migration import (
-    DestinationLost,
-    Migration,
-    NoRoom,
-    Note,
-    Progress,
-    Refused,
-    open_source_root,
-    refuse_unsuitable,
-)
+from esrfs_daemon.migration import Migration
+from esrfs_daemon.report import DestinationLost, NoRoom, Note, Progress
 from esrfs_daemon.settle import Settling
 from esrfs_daemon.status import RuleStatus, Status
+from esrfs_daemon.suitable import Refused, open_source_root, refuse_unsuitable
 from esrfs_daemon.throttle import Stopped, Throttle
 from esrfs_daemon.walk import Filters, Found, Unmovable
 from esrfs_daemon.watch import EventsUnavailable, Watch

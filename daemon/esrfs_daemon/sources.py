@@ -24,6 +24,7 @@ import platformdirs
 
 from esrfs import faults
 from esrfs.store import linux
+from esrfs.store.beneath import beneath
 from esrfs_daemon.copying import Identity
 
 FAULT_POINTS = ("migrate.aside", "migrate.looked", "migrate.touched")
@@ -204,6 +205,21 @@ def move(from_directory: int, from_name: str, to_directory: int, to_name: str) -
         os.rename(from_name, to_name, src_dir_fd=from_directory, dst_dir_fd=to_directory)
     else:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), to_name)
+
+
+def read_link(source_fd: int, path: str) -> str:
+    """The target of a symlink in the source; empty if it is none."""
+    above, _, name = path.rpartition("/")
+    try:
+        directory = beneath(source_fd, above, os.O_PATH | os.O_DIRECTORY)
+    except OSError:
+        return ""
+    try:
+        return os.readlink(name, dir_fd=directory)
+    except OSError:
+        return ""
+    finally:
+        os.close(directory)
 
 
 def put_back(from_directory: int, from_name: str, directory: int, name: str) -> str:

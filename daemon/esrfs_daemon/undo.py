@@ -21,10 +21,11 @@ from esrfs.store import metadata
 from esrfs.store.beneath import beneath
 from esrfs.store.metadata import Metadata
 from esrfs_daemon import copying, sources
+from esrfs_daemon.copies import prove
 from esrfs_daemon.copying import Identity
 from esrfs_daemon.destination import Destination, make_folders
 from esrfs_daemon.journal import Journal, Row
-from esrfs_daemon.migration import Note, Progress, prove
+from esrfs_daemon.report import Note, Progress
 from esrfs_daemon.throttle import Stopped, Throttle
 
 
@@ -166,7 +167,8 @@ class Undo:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             target = os.open(part, flags, 0o600, dir_fd=directory)
             try:
-                copied = copying.copy(fd, target, st, wanted, self._throttle)
+                copied = copying.copy(fd, target, st, self._throttle)
+                copying.give(target, wanted)
                 copying.make_durable(target)
                 if copied != row.sha256 or copying.digest_past_cache(target) != row.sha256:
                     raise _Impossible(

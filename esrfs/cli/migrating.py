@@ -17,7 +17,8 @@ import typer
 from esrfs_daemon import config, once, throttle
 from esrfs_daemon.destination import Destination, NotMounted
 from esrfs_daemon.journal import Busy, Journal, JournalError
-from esrfs_daemon.migration import DestinationLost, NoRoom, Note, Progress, Refused, Report
+from esrfs_daemon.report import DestinationLost, NoRoom, Note, Progress, Report
+from esrfs_daemon.suitable import Refused
 from esrfs_daemon.throttle import Stopped, Throttle
 from esrfs_daemon.undo import UndoReport
 from esrfs_daemon.walk import Filters

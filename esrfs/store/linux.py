@@ -1,4 +1,5 @@
-"""System calls that Python's ``os`` has no name for: openat2, renameat2, name_to_handle_at, leases, inode flags.
+"""System calls that Python's ``os`` has no name for: openat2, renameat2, name_to_handle_at, syncfs, leases,
+inode flags.
 
 Each function raises OSError as ``os`` would; ENOSYS where libc or the kernel lacks the call.
 """
@@ -117,6 +118,13 @@ def reserve(fd: int, length: int) -> None:
         errno.ENOSPC,
         errno.EDQUOT,
     ):
+        raise _fail()
+
+
+def syncfs(fd: int) -> None:
+    """Have everything that was written to the filesystem of ``fd`` on disk. Raises OSError for what could not be
+    written since ``fd`` was opened or last synced so, of whatever file."""
+    if _libc.syncfs(fd) != 0:
         raise _fail()
 
 

@@ -238,6 +238,8 @@ class Handles:
                 for path, pages in replaced.items():
                     self._pages[old + path[len(new) :]] = pages
             for file in self._files.values():
+                if not directory and file.path not in (old, new):
+                    continue
                 if file.path == old or file.path.startswith(old + "/"):
                     file.path = new + file.path[len(old) :]
                 elif file.path == new or file.path.startswith(new + "/"):

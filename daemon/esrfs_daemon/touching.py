@@ -1,0 +1,76 @@
+"""The last step for a file: its copy is verified and recorded, so its source may become what was asked for."""
+
+from __future__ import annotations
+
+import os
+
+from esrfs.store.beneath import beneath
+from esrfs_daemon import sources
+from esrfs_daemon.batch import Route, Work
+from esrfs_daemon.copying import Identity
+from esrfs_daemon.journal import INTERRUPTED
+from esrfs_daemon.report import Note, Report, in_words
+
+
+def touch(work: Work, route: Route, report: Report) -> None:
+    """What was asked for is done to the source, or the reason noted why not."""
+    found, row = work.found, work.row
+    if work.state == "copied" and work.reason:
+        report.incomplete.append(Note(path=found.path, reason=work.reason))
+    if row.wanted == "keep":
+        row.state = "done"
+        return
+    parent, _, name = found.path.rpartition("/")
+    try:
+        if work.reason:
+            raise sources.Left(work.reason)
+        _still_there(work)
+        directory = beneath(route.source_fd, parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            expected = _expected_now(work)
+            fd = work.source if work.source >= 0 else None
+            if row.wanted == "delete":
+                sources.delete(directory, name, expected, row.token, fd)
+            elif row.wanted == "trash":
+                sources.trash(directory, name, expected, os.path.join(route.source, found.path), fd)
+            elif fd is not None:
+                target = os.path.join(route.to.path, row.dest)
+                sources.replace_by_symlink(directory, name, expected, row.token, fd=fd, target=target)
+        finally:
+            os.close(directory)
+    except sources.ChangedSince as error:
+        row.state, row.note = "left", f"{INTERRUPTED}: {error}"
+        report.later.append(Note(path=found.path, reason=str(error)))
+    except (sources.Left, OSError) as error:
+        reason = in_words(error) if isinstance(error, OSError) else str(error)
+        row.state, row.note = "left", reason
+        report.left.append(Note(path=found.path, reason=reason))
+    else:
+        row.state = "done"
+        report.touched += 1
+
+
+def _expected_now(work: Work) -> Identity:
+    """The identity that the source must have. The change time of a file with several names moves when we touch another
+    of them; all else must be as it was."""
+    expected = Identity.of(work.found.st)
+    if work.source < 0 or work.found.st.st_nlink == 1:
+        return expected
+    now = Identity.of(os.fstat(work.source))
+    if not now.is_same_content(expected):
+        raise sources.ChangedSince("it changed after it was copied")
+    return now
+
+
+def _still_there(work: Work) -> None:
+    """The copy must still lie under its name: somebody may have removed it in the mount meanwhile."""
+    name = work.row.dest.rpartition("/")[2]
+    try:
+        st = os.stat(name, dir_fd=work.folder.fd, follow_symlinks=False)
+    except FileNotFoundError:
+        raise sources.Left("its copy was removed from the destination meanwhile") from None
+    if work.copy >= 0:
+        if not os.path.samestat(st, os.fstat(work.copy)):
+            raise sources.Left("its copy was replaced in the destination meanwhile")
+    elif os.readlink(name, dir_fd=work.folder.fd) != os.fsdecode(work.row.sha256):
+        raise sources.Left("its copy was replaced in the destination meanwhile")
