@@ -70,6 +70,8 @@ class Copies:
     def write(self, work: Work) -> None:
         """Content and metadata into the part file; not durable yet. Where the destination has this content already,
         the work is done."""
+        if self._route.throttle.stop.is_set():
+            raise Stopped
         found, row = work.found, work.row
         parent, _, name = found.path.rpartition("/")
         work.source = self._open_source(work, parent, name)

@@ -33,6 +33,8 @@ log = logging.getLogger("esrfs.daemon")
 
 _WHERE_SYNCFS_TELLS_ALL = ("btrfs", "ext4", "f2fs", "tmpfs", "xfs")
 _SINCE_LINUX = (5, 17)
+_FEWEST = 4
+"""Fewer files are fsynced: syncfs may have to wait for what other programs wrote."""
 
 
 def syncs_together(to: Destination) -> bool:
@@ -69,7 +71,7 @@ def find_below(work: Work, to: Destination) -> None:
 def make_durable(barrier: int, works: Sequence[Work]) -> list[Work]:
     """Have all of ``works`` that lie below the barrier on disk; those of which that can't be said are returned: each
     needs an fsync of its own."""
-    if barrier < 0:
+    if barrier < 0 or len(works) < _FEWEST:
         return list(works)
     try:
         device = os.fstat(barrier).st_dev
