@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import io
 import os
 import shutil
 import struct
 import subprocess
+import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from esrfs.blob import container, recipe
-from esrfs.blob.recipe import JpegCoding, Literal, Recipe, Run, Scores
+from esrfs.blob import container, dictionary, recipe
+from esrfs.blob.recipe import (
+    BmpCoding,
+    JpegCoding,
+    JpegXlCoding,
+    Literal,
+    PngCoding,
+    Recipe,
+    Run,
+    Scores,
+    Verbatim,
+    WebpCoding,
+)
 
 STORE_ID = bytes(range(16))
 KEY = bytes(range(32))
+
+FIRST_BLOB = base64.b64decode(
+    "cGljdHVyZQAAAgZ1dWlkbA07Dl8uTR+aV+XysQteURbbT4l42s2SO07DQBCGTSgoQUKizgWQkAUUVIaGEsEFrI09sRc2u2ZnHCdUCAQtrwtEih8i"
+    "5nEFhNJF6SkQJdeAVRKaUKSgYbaaXzP/zs63H9ZK0QSNXMm5LOE+hU4eAg9CWntUmgdcMuEiP4Hh8tUzhsze2HR/9H7VmhHlpKPJIZldnUcaECgN"
+    "zfUZekxApZBAidJHheAEqy37aZK7Y+PZnsVxzExv2y4xriFrRILLIFvfMif3lG+Sy5TaEaSHEQRpQ/nQPdjdmSq2t9YejI8kjozMpu7eLWfpj/E/"
+    "LMpIq8BsHXkTXnueakRKgiTsj2DUeev2bLSerNYmwNRnxPqVr7fzkdjVscyaTMRgZZ6KJQ3nP0vDTboCZEDhcLGTY1w3Lje/XRYohCpIvwBpOIDO"
+    "Iy6ESnL0lJnnojQjNWLBPM3sgbP/MoLZM+iRXOICBs7eGHAaodQDZ/t0/IU8JVSsBz/4H8YdU2rP08AIfLfWzgB1He/NW0GbSaBvpVIRdLoqkdff"
+    "nAvd0gAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAABlc3JmcwEBAQABAgMEBQYHCAkKCwwNDg8AAAAAAAATjwAAAgYAAAGF7PfD"
+    "yePOBd32zNAQGmw349VNnRrKaX1a"
+)
+"""As the first esrfs of format 1 wrote it: the recipe is zlib-compressed. Never made anew."""
 
 
 def make_recipe(suffix: bytes = b"\xff\xd9", version: int = recipe.RECIPE_VERSION) -> Recipe:
@@ -82,10 +108,119 @@ def test_round_trip(avif: bytes, suffix: bytes) -> None:
 
 
 def test_recipe_that_does_not_compress_is_stored_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zlib, "compress", lambda data, level: data + b"longer")
+    monkeypatch.setattr(dictionary, "compressed", lambda data: data + b"longer")
     data = packed()
     assert recipe.encode(make_recipe()) in data
     assert container.unpack(data).recipe == make_recipe()
+
+
+NUMBERS = st.integers(0, 1 << 32)
+TABLES = st.lists(st.binary(min_size=64, max_size=64).map(list), max_size=3)
+SPANS = st.lists(
+    st.builds(Literal, st.binary(max_size=200)) | st.builds(Run, st.integers(0, 255), st.integers(0, 1 << 30)),
+    max_size=5,
+)
+CODINGS = (
+    st.builds(
+        JpegCoding,
+        mode=st.sampled_from(["L", "RGB"]),
+        subsampling=st.sampled_from(["4:4:4", "4:2:0"]),
+        quantisation=TABLES,
+    )
+    | st.builds(
+        PngCoding, mode=st.sampled_from(["L", "RGBA"]), compress_level=st.integers(1, 9), alpha=st.binary(max_size=500)
+    )
+    | st.builds(WebpCoding, mode=st.just("RGB"), lossless=st.booleans(), quality=st.integers(0, 100))
+    | st.builds(BmpCoding, mode=st.just("RGB"), bits=st.sampled_from([8, 24, 32]), top_down=st.booleans())
+    | st.builds(JpegXlCoding, behind=NUMBERS)
+    | st.just(Verbatim())
+)
+SCORES = st.lists(st.integers(0, 10_000), min_size=5, max_size=5).map(
+    lambda hundredths: Scores(*(n / 100 for n in hundredths))
+)
+
+
+@settings(max_examples=50)
+@given(
+    coding=CODINGS,
+    prefix=SPANS,
+    suffix=SPANS,
+    scan_length=NUMBERS,
+    names=st.lists(st.text(max_size=30), min_size=5, max_size=5),
+    digests=st.lists(st.binary(max_size=32), min_size=4, max_size=4),
+    scores=SCORES,
+)
+def test_round_trip_of_any_recipe(
+    *,
+    coding: recipe.Coding,
+    prefix: list[recipe.Span],
+    suffix: list[recipe.Span],
+    scan_length: int,
+    names: list[str],
+    digests: list[bytes],
+    scores: Scores,
+) -> None:
+    written = msgspec.structs.replace(
+        make_recipe(),
+        original_size=recipe.length(prefix) + scan_length + recipe.length(suffix),
+        coding=coding,
+        prefix=prefix,
+        suffix=suffix,
+        scan_length=scan_length,
+        scores=scores,
+        **dict(zip(("preset", "network", "encoder", "created_by", "note"), names, strict=True)),
+        **dict(zip(("sha256_original", "sha256_view", "network_sha256", "reference"), digests, strict=True)),
+    )
+    data = container.pack(b"picture", recipe.encode(written), STORE_ID, KEY)
+    assert container.may_be_blob(len(data))
+    assert container.unpack(data).recipe == written
+
+
+def test_the_dictionary_never_changes() -> None:
+    """No byte: blobs that were written with it can't be read with another."""
+    found = hashlib.sha256(dictionary.DICTIONARY_1).hexdigest()
+    assert found == "b93b4766e7f8e589f90e279bd62df47e84477e4a32ae9f451d448c0e6d6ab626"
+
+
+def test_a_blob_without_dictionary_is_read(opened: Callable[[bytes], tuple[int, int]]) -> None:
+    blob = container.unpack(FIRST_BLOB)
+    assert (blob.avif, blob.recipe) == (b"picture", make_recipe(b"the end"))
+    fd, size = opened(FIRST_BLOB)
+    footer = container.read_footer(fd, size, STORE_ID, KEY)
+    assert footer is not None
+    assert container.read_recipe(fd, size, footer) == make_recipe(b"the end")
+
+
+@pytest.mark.parametrize("name", ["astronaut.jpg", "astronaut.png"])
+def test_little_is_stored_beside_the_picture(name: str) -> None:
+    """The example's recipe, without the profile that is in the PNG, which no dictionary knows."""
+    first = container.unpack((Path(__file__).parent / "examples/store-1" / name).read_bytes())
+    written = first.recipe
+    if name.endswith(".png"):
+        prefix = [Literal(span.data[:33]) for span in written.prefix[:1] if isinstance(span, Literal)]
+        size = recipe.length(prefix) + written.scan_length + recipe.length(written.suffix)
+        written = msgspec.structs.replace(written, prefix=prefix, original_size=size)
+    data = container.pack(first.avif, recipe.encode(written), STORE_ID, KEY)
+    assert len(data) - len(first.avif) <= 400
+    assert container.unpack(data).recipe == written
+
+
+def test_a_recipe_that_would_inflate_without_end_is_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, zdict=dictionary.DICTIONARY_1)
+    bomb = b"".join(deflater.compress(bytes(1 << 20)) for _ in range(64)) + deflater.flush()
+    limit = 1 << 20
+    assert len(bomb) < limit
+    with monkeypatch.context() as writing:
+        writing.setattr(dictionary, "compressed", lambda recipe: bomb)
+        data = container.pack(b"picture", recipe.encode(make_recipe(bytes(len(bomb)))), STORE_ID, KEY)
+    monkeypatch.setattr(container, "_RECIPE_LIMIT", limit)
+    tracemalloc.start()
+    try:
+        with pytest.raises(container.BlobDamaged, match="decompressed"):
+            container.unpack(data)
+        assert tracemalloc.get_traced_memory()[1] < 4 * limit
+    finally:
+        tracemalloc.stop()
 
 
 def test_footer_and_recipe_by_descriptor(opened: Callable[[bytes], tuple[int, int]]) -> None:
@@ -225,6 +360,20 @@ def test_footer_of_a_newer_version_is_left_alone(monkeypatch: pytest.MonkeyPatch
         data = container.pack(b"", recipe.encode(make_recipe(version=recipe.RECIPE_VERSION)), STORE_ID, KEY)
     with pytest.raises(container.NotABlob):
         container.unpack(data)
+
+
+@pytest.mark.parametrize("flags", [3, 4, 5, 6, 8, 128, 255])
+def test_footer_with_unknown_flags_is_left_alone(opened: Callable[[bytes], tuple[int, int]], flags: int) -> None:
+    """Even if the store itself wrote it: then it was a newer esrfs."""
+    data = packed()
+    signed = data[-64:-57] + bytes([flags]) + data[-56:-20]
+    footer = signed + hashlib.blake2s(signed, key=KEY, digest_size=16, person=b"esrfblob").digest()
+    data = data[:-64] + footer + struct.pack(">I", zlib.crc32(footer))
+    with pytest.raises(container.NotABlob):
+        container.unpack(data)
+    fd, size = opened(data)
+    assert container.read_footer(fd, size, STORE_ID, KEY) is None
+    assert not container.footer_is_damaged(fd, size, STORE_ID)
 
 
 def test_pack_checks_its_arguments() -> None:

@@ -9,7 +9,7 @@ This docstring is the format's reference::
       4 bytes   'uuid'
       16 bytes  BOX_UUID
       u32       CRC-32           of the picture: one that rotted on its disk is never shown
-      payload   payload_length   the encoded recipe (recipe.py), zlib-compressed if flag 1 is set
+      payload   payload_length   the encoded recipe (recipe.py), compressed as the flags say
       zeros     0 to 63          padding, so that the file's size is 13 mod 64
       footer    64 bytes         the last thing in the box, and so in the file
 
@@ -17,7 +17,8 @@ This docstring is the format's reference::
       0   5     magic            'esrfs'
       5   u8    format           FORMAT (1)
       6   u8    recipe version   the recipe's ``version``: a reader that is too old must know at stat already
-      7   u8    flags            bit 0: the payload is zlib-compressed; other bits are 0
+      7   u8    flags            0: the payload is the recipe as encoded; 1: zlib-compressed, in the first blobs
+                                 of format 1; 2: raw deflate with a preset dictionary (dictionary.py)
       8   16    store id
       24  u64   view size        what stat shows: the recipe's ``original_size``
       32  u32   box length       size of the uuid box; no absolute offsets, so that the box may be moved
@@ -46,6 +47,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from esrfs.blob import dictionary
 from esrfs.blob import recipe as recipe_format
 from esrfs.blob.recipe import Recipe
 
@@ -56,13 +58,14 @@ STORE_ID_BYTES = 16
 KEY_BYTES = 32
 
 _MAGIC = b"esrfs"
-_COMPRESSED = 1
+_PLAIN, _ZLIB, _DICTIONARY_1 = 0, 1, 2
+"""All flags that there are; the second is only read."""
 _SIGNED = struct.Struct(">5sBBB16sQIII")
 _MAC_BYTES = 16
 _CRC = struct.Struct(">I")
 _BOX_HEADER = struct.Struct(">I4s")
 _BEFORE_PAYLOAD = _BOX_HEADER.size + len(BOX_UUID) + _CRC.size
-_SMALLEST_BOX = _BEFORE_PAYLOAD + FOOTER_BYTES
+SMALLEST_BOX = _BEFORE_PAYLOAD + FOOTER_BYTES
 _BOXES_TO_WALK = 64
 _WRONG_BYTES = 2
 """Of magic and store id, 21 bytes, that may differ in a footer that is taken for a damaged one."""
@@ -89,7 +92,7 @@ class Footer:
     """Bytes of the uuid box; where the box is last in a file, the AVIF is what comes before it."""
     payload_length: int
     payload_crc: int
-    compressed: bool
+    flags: int
     mac: bytes
     raw: bytes
     """The 64 bytes themselves."""
@@ -119,11 +122,11 @@ def pack(avif: bytes, recipe: bytes, store_id: bytes, key: bytes) -> bytes:
             f"a store id has {STORE_ID_BYTES} bytes and a key {KEY_BYTES}; got {len(store_id)} and {len(key)}"
         )
     decoded = recipe_format.decode(recipe)
-    smaller = zlib.compress(recipe, 9)
-    payload, flags = (smaller, _COMPRESSED) if len(smaller) < len(recipe) else (recipe, 0)
-    length = _SMALLEST_BOX + len(payload)
-    padding = (13 - len(avif) - length) % 64
-    length += padding
+    smaller = dictionary.compressed(recipe)
+    payload, flags = (smaller, _DICTIONARY_1) if len(smaller) < len(recipe) else (recipe, _PLAIN)
+    length = SMALLEST_BOX + len(payload)
+    fill = padding(len(avif) + length)
+    length += fill
     signed = _SIGNED.pack(
         _MAGIC,
         FORMAT,
@@ -138,12 +141,17 @@ def pack(avif: bytes, recipe: bytes, store_id: bytes, key: bytes) -> bytes:
     footer = signed + _mac(signed, key)
     footer += _CRC.pack(zlib.crc32(footer))
     box_start = _BOX_HEADER.pack(length, b"uuid") + BOX_UUID + _CRC.pack(zlib.crc32(avif))
-    return b"".join((avif, box_start, payload, bytes(padding), footer))
+    return b"".join((avif, box_start, payload, bytes(fill), footer))
+
+
+def padding(size: int) -> int:
+    """The bytes that a file of ``size`` bytes lacks to be of a blob's size."""
+    return (13 - size) % 64
 
 
 def may_be_blob(size: int) -> bool:
     """Whether a file of ``size`` bytes can be a blob as ``pack`` makes them: most other files need no look."""
-    return size % 64 == 13 and size > _SMALLEST_BOX
+    return size % 64 == 13 and size > SMALLEST_BOX
 
 
 def read_footer(fd: int, size: int, store_id: bytes | None = None, key: bytes | None = None) -> Footer | None:
@@ -233,12 +241,12 @@ def _parse(raw: bytes) -> Footer | None:
     if _CRC.unpack(raw[-_CRC.size :])[0] != zlib.crc32(raw[: -_CRC.size]):
         return None
     _, version, recipe_version, flags, store_id, view_size, box_length, payload_length, crc = _SIGNED.unpack_from(raw)
-    if version != FORMAT or recipe_version > recipe_format.RECIPE_VERSION or flags & ~_COMPRESSED:
+    if version != FORMAT or recipe_version > recipe_format.RECIPE_VERSION or flags > _DICTIONARY_1:
         return None
-    if box_length < _SMALLEST_BOX or payload_length > box_length - _SMALLEST_BOX:
+    if box_length < SMALLEST_BOX or payload_length > box_length - SMALLEST_BOX:
         return None
     mac = raw[_SIGNED.size : _SIGNED.size + _MAC_BYTES]
-    return Footer(store_id, view_size, box_length, payload_length, crc, bool(flags & _COMPRESSED), mac, raw)
+    return Footer(store_id, view_size, box_length, payload_length, crc, flags, mac, raw)
 
 
 def _payload(box: bytes, footer: Footer) -> bytes:
@@ -249,9 +257,9 @@ def _payload(box: bytes, footer: Footer) -> bytes:
     stored = box[_BEFORE_PAYLOAD : _BEFORE_PAYLOAD + footer.payload_length]
     if zlib.crc32(stored) != footer.payload_crc:
         raise BlobDamaged("the blob's recipe is damaged: its checksum differs")
-    if not footer.compressed:
+    if footer.flags == _PLAIN:
         return stored
-    inflater = zlib.decompressobj()
+    inflater = zlib.decompressobj() if footer.flags == _ZLIB else dictionary.inflater()
     with contextlib.suppress(zlib.error):
         inflated = inflater.decompress(stored, _RECIPE_LIMIT)
         if inflater.eof:
@@ -284,7 +292,7 @@ def _walk(read: Callable[[int, int], bytes], size: int) -> tuple[int, Footer] | 
     """Offset and footer of our box among the top-level boxes; the last such box counts."""
     result = None
     for offset, length in _uuid_boxes(read, size):
-        if length < _SMALLEST_BOX or read(offset + _BOX_HEADER.size, len(BOX_UUID)) != BOX_UUID:
+        if length < SMALLEST_BOX or read(offset + _BOX_HEADER.size, len(BOX_UUID)) != BOX_UUID:
             continue
         footer = _parse(read(offset + length - FOOTER_BYTES, FOOTER_BYTES))
         if footer is not None and footer.box_length == length:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
-import zlib
 
 import msgspec
+
+from esrfs.blob import dictionary
 
 PRESETS: dict[str, tuple[float, float]] = {
     # preset: least SSIMULACRA2 of the whole picture, how far below that the worst 256×256 tile may lie
@@ -103,4 +104,4 @@ _BLOB_OVERHEAD = 200
 
 def stored_bytes(picture: bytes, recipe: bytes) -> int:
     """About what a blob of these takes (``recipe`` encoded)."""
-    return len(picture) + len(zlib.compress(recipe, 9)) + _BLOB_OVERHEAD
+    return len(picture) + len(dictionary.compressed(recipe)) + _BLOB_OVERHEAD
