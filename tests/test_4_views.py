@@ -17,14 +17,18 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image, ImageChops, ImageCms, ImageStat, PngImagePlugin
 
+from esrfs import formats, reconstruction
 from esrfs.blob import container
 from esrfs.blob import recipe as recipe_format
+from esrfs.blob.recipe import Recipe, Scores
+from esrfs.compaction import compactor
 from esrfs.formats import jpeg_parse
 from tests import gallery as making
 from tests.conftest import _exif, photograph
@@ -182,6 +186,103 @@ def test_heads_and_tails_of_500_files_cost_no_network(
     assert mount.status()["open_handles"] == 0
     path = roomy[0]
     assert sha256(path.read_bytes()) == sha256(vary(gallery, "large.jpg", 0).view)
+
+
+FREE_READS = {
+    # file: whether its first 64 KiB, its last 8 KiB, and what exiftool reads are known without pixels
+    "a.jpg": (True, True, True),
+    "a.png": (True, True, True),
+    "extended.webp": (True, True, None),  # exiftool and other readers look at some bytes of the picture's chunk
+    "simple.webp": (False, True, None),  # begins with its pixels
+    "a.tiff": (False, False, False),  # ends with its pixels; its directory lies before them
+    "deflate.tiff": (False, False, False),  # ends with its directory, which takes less than 8 KiB
+    "jpeg.tiff": (False, False, False),
+    "a.bmp": (False, False, False),
+}
+
+
+def test_which_heads_and_tails_of_each_kind_cost_no_network(
+    mounted: Mounted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kind whose pixels lie at a file's ends costs a reconstruction there, and nowhere else."""
+    image = photograph("coffee")
+    options: dict[str, dict[str, Any]] = {
+        "a.jpg": {"quality": 100, "subsampling": "4:4:4"},
+        "a.png": {"compress_level": 0},
+        "extended.webp": {"lossless": True, "exif": _exif()},
+        "simple.webp": {"lossless": True},
+        "a.tiff": {"compression": "raw"},
+        "deflate.tiff": {"compression": "tiff_adobe_deflate"},
+        "jpeg.tiff": {"compression": "jpeg", "quality": 96},
+        "a.bmp": {},
+    }
+    for name, free in FREE_READS.items():
+        made = io.BytesIO()
+        suffix = Path(name).suffix[1:]
+        image.save(made, {"jpg": "JPEG"}.get(suffix, suffix), **options[name])
+        recipe = _put_ungated(mounted, name, made.getvalue())
+        before, behind = (recipe_format.length(spans) for spans in (recipe.prefix, recipe.suffix))
+        reads = {"known head": (0, before), "known tail": (recipe.original_size - behind, behind)}
+        reads |= {"head": (0, HEAD), "tail": (recipe.original_size - TAIL, TAIL)}
+        path = mounted.path / name
+        calls = {what: _calls(mounted, partial(_read_part, path, *part)) for what, part in reads.items()}
+        if shutil.which("exiftool"):
+            calls["exiftool"] = _calls(mounted, partial(_run_exiftool, path))
+        with capsys.disabled():
+            print(f"\n  {name}: {before} bytes before the pixels, {behind} behind; engine calls: {calls}", end="")
+        assert calls["known head"] == calls["known tail"] == 0
+        assert (calls["head"] == 0, calls["tail"] == 0) == free[:2]
+        assert free[2] is None or "exiftool" not in calls or (calls["exiftool"] == 0) == free[2]
+
+
+def _put_ungated(mounted: Mounted, name: str, original: bytes) -> Recipe:
+    """A blob of its picture at full size, however good: only where the bytes lie counts here."""
+    split = formats.split(original, 50)
+    avif = compactor.encode_avif(Image.fromarray(split.pixels()), 45, speed=10)
+    plan = reconstruction.Plan(split.width, split.height, 1, b"", False)
+    pixels = reconstruction.decode_small(plan, avif)
+    fitted = formats.fit_view(split, pixels)
+    recipe = Recipe(
+        width=split.width,
+        height=split.height,
+        original_size=len(original),
+        sha256_original=hashlib.sha256(original).digest(),
+        sha256_view=hashlib.sha256(fitted.expand()).digest(),
+        preset="small",
+        scale=1,
+        network="",
+        network_sha256=b"",
+        quality=45,
+        coding=fitted.coding,
+        prefix=fitted.prefix,
+        scan_length=len(fitted.scan),
+        suffix=fitted.suffix,
+        encoder=fitted.encoder,
+        scores=Scores(60.0, 50.0, 30.0),
+        created_by="tests",
+    )
+    config = mounted.config
+    blob = container.pack(avif, recipe_format.encode(recipe), config.id_bytes, config.key_bytes)
+    (mounted.store / name).write_bytes(blob)
+    return recipe
+
+
+def _calls(mount: Mounted, work: Callable[[], object]) -> int:
+    """Of the engine, for ``work`` on views that are not at hand."""
+    mount.call("cache-clear")
+    before = int(mount.status()["engine_calls"])
+    work()
+    until_released(mount)
+    return int(mount.status()["engine_calls"]) - before
+
+
+def _read_part(path: Path, start: int, count: int) -> None:
+    with open(path, "rb", buffering=0) as file:
+        assert len(os.pread(file.fileno(), count, start)) == count
+
+
+def _run_exiftool(path: Path) -> None:
+    subprocess.run(["exiftool", "-j", "-q", path], capture_output=True, check=True, timeout=100)
 
 
 def test_every_read_of_a_cold_view_gives_the_views_bytes(mount: GalleryMount, gallery: Gallery) -> None:
