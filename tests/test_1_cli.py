@@ -7,12 +7,14 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import typer.main
 from esrfs_daemon import main as daemon
@@ -54,7 +56,7 @@ def store(tmp_path, esrfs) -> Path:
     return path
 
 
-def blob_for(store: Store, original: bytes, network: bytes = b"") -> bytes:
+def blob_for(store: Store, original: bytes, network: bytes = b"", **more: bytes) -> bytes:
     """A blob as compaction could have made it; its view (zeros) is not one that an engine would rebuild."""
     picture = io.BytesIO()
     Image.new("RGB", (32, 24), "teal").save(picture, "AVIF")
@@ -77,20 +79,23 @@ def blob_for(store: Store, original: bytes, network: bytes = b"") -> bytes:
         scores=Scores(ssimulacra2=71.5, worst_tile=65.0, psnr=34.25),
         created_by="esrfs test",
     )
+    made = msgspec.structs.replace(made, **more)
     return container.pack(picture.getvalue(), recipe.encode(made), store.config.id_bytes, store.config.key_bytes)
 
 
-def compact(path: Path, name: str, network: bytes = b"") -> bytes:
+def compact(path: Path, name: str, network: bytes = b"", **more: bytes) -> bytes:
     """Put an original into the store and swap a blob in for it; returns the original's bytes."""
-    original = os.urandom(50_000)
+    original = random.Random(name + str(more)).randbytes(50_000)
     (path / name).write_bytes(original)
+    if "sha256_view" in more:  # it came home: its view is the file itself
+        more["sha256_view"] = hashlib.sha256(original).digest()
     with open_store(str(path)) as store, (path / name).open("rb") as source:
         result = swap.swap_in(
             store,
             name,
             source.fileno(),
             Identity.from_stat(os.fstat(source.fileno())),
-            blob_for(store, original, network),
+            blob_for(store, original, network, **more),
             hashlib.sha256(original).digest(),
             lease_ok=lambda: True,
             interrupted=lambda: False,
@@ -498,6 +503,51 @@ def test_restore(esrfs, store):
     assert (store / "sub" / "b.jpg").read_bytes() == second
     assert json.loads(esrfs("explain", store / "a.jpg", "--json")[1])["state"] == "original"
     assert esrfs("check", store)[0] == 0
+
+
+def rewritten(store: Path) -> tuple[bytes, bytes]:
+    """``a.jpg`` was compacted, rewritten by a program, and came home; what it was at first, and then."""
+    reference = b"r" * 32
+    first = compact(store, "a.jpg", reference=reference)
+    os.rename(store / "a.jpg", store / ".esrfs" / "blobs" / f"{reference.hex()}-{'0' * 16}.0")
+    return first, compact(store, "a.jpg", reference=reference, sha256_view=b"")
+
+
+def test_restore_of_a_photograph_that_a_program_rewrote(esrfs, store):
+    first, then = rewritten(store)
+    code, out, err = esrfs("restore", store / "a.jpg")
+    assert (code, out) == (0, "1 original brought back\n")
+    assert "as a program rewrote it" in err
+    assert "--first" in err
+    assert (store / "a.jpg").read_bytes() == then != first
+
+
+def test_restore_of_what_a_photograph_was_at_first(esrfs, store):
+    first, then = rewritten(store)
+    plain = compact(store, "b.jpg")
+    code, out, err = esrfs("restore", "--first", store)
+    assert (code, out) == (0, "2 originals brought back\n")
+    assert "a.jpg: this is what was there first" in err
+    assert "b.jpg" not in err
+    assert (store / "a.jpg").read_bytes() == first
+    assert (store / "b.jpg").read_bytes() == plain
+    kept = {hashlib.sha256(path.read_bytes()).digest() for path in (store / ".esrfs" / "originals").iterdir()}
+    assert hashlib.sha256(then).digest() in kept
+    assert esrfs("check", store)[0] == 0
+
+
+@pytest.mark.parametrize("lost", [b"first", b"then"])
+def test_restore_first_needs_both_originals(esrfs, store, lost):
+    """Without the rewritten file's own, what a program wrote into it would be lost."""
+    first, then = rewritten(store)
+    gone = hashlib.sha256(first if lost == b"first" else then).hexdigest()
+    next((store / ".esrfs" / "originals").glob(f"{gone}-*")).unlink()
+    code, _, err = esrfs("restore", "--first", store / "a.jpg")
+    if lost == b"first":
+        assert (code, (store / "a.jpg").read_bytes()) == (0, then)
+    else:
+        assert code == ExitCode.FAILED
+        assert "has left the undo window" in err
 
 
 def test_restore_of_what_is_gone(esrfs, store):

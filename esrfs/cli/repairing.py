@@ -49,8 +49,15 @@ def check(
 
 def restore(
     given: Annotated[list[str], typer.Argument(metavar="FILE…", help="Files or folders in a store or its mount.")],
+    first: Annotated[
+        bool,
+        typer.Option(
+            "--first",
+            help="Of photographs into which a program wrote captions, ratings or the like since: what was there first.",
+        ),
+    ] = False,
 ) -> None:
-    """Bring originals back, bit for bit, while the undo window has them."""
+    """Bring originals back, bit for bit, while the undo window has them: what was last written to each file."""
     failed = 0
     brought = 0
     for place, relative in stores.by_store(given).values():
@@ -58,14 +65,16 @@ def restore(
             socket = mounted.find(place, store.config.id)
             if socket is not None:
                 # The mount knows who reads the file at this moment; nobody else may swap it.
-                results = mounted.call_with_progress(socket, "restore", advance, paths=relative)["files"]
+                results = mounted.call_with_progress(socket, "restore", advance, paths=relative, first=first)["files"]
             else:
                 with stores.catalog_of(store) as catalog:
-                    results = msgspec.to_builtins(upkeep_restore.restore(store, relative, advance, catalog=catalog))
+                    results = msgspec.to_builtins(
+                        upkeep_restore.restore(store, relative, advance, catalog=catalog, first=first)
+                    )
         for result in results:
             brought += result["state"] == "restored"
-            if result["state"] == "failed":
-                failed += 1
+            failed += result["state"] == "failed"
+            if result["message"]:
                 show.note(f"{result['path']}: {result['message']}")
     show.line(f"{show.number_of(brought, 'original')} brought back")
     if failed:

@@ -91,7 +91,14 @@ def handlers(
             emit({"path": path, "done": done, "total": total})
 
         try:
-            results = restore.restore(store, _paths(arguments), advance, catalog=catalog, claims=filesystem.claims)
+            results = restore.restore(
+                store,
+                _paths(arguments),
+                advance,
+                catalog=catalog,
+                claims=filesystem.claims,
+                first=bool(arguments.get("first")),
+            )
         except OSError as error:
             raise ControlError(f"{error.filename}: {error.strerror}") from error
         return {"files": msgspec.to_builtins(results)}

@@ -25,6 +25,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, replace
 
 from esrfs import faults
+from esrfs.blob.recipe import Recipe
 from esrfs.store import exchange, ledger, linux, metadata, originals, staging
 from esrfs.store.beneath import beneath, open_parent
 from esrfs.store.errors import Problem, StoreError
@@ -747,8 +748,9 @@ def _read_all(fd: int) -> bytes:
     return b"".join(parts)
 
 
-def restore(store: Store, path: str) -> int:
+def restore(store: Store, path: str, choose: Callable[[Recipe], bytes] = lambda recipe: recipe.sha256_original) -> int:
     """Bring the original of the blob at ``path`` back, bit for bit; returns a descriptor (O_RDWR) of it, the caller's.
+    ``choose``: the sha256 of the one that is meant; of the file that the blob was made of, if nothing is said.
 
     The file keeps its present mtime, mode, owner and xattrs. The undo window keeps its copy for its time. Raises
     StoreError when this is no blob, or its original is not in the window any more (or not what it was); OSError.
@@ -770,7 +772,7 @@ def restore(store: Store, path: str) -> int:
             recipe = recipe_of(blob_fd, st, info)
         except ValueError as error:
             raise StoreError(f"{path}: the blob is damaged ({error}); nothing was changed.", Problem.DAMAGED) from error
-        original_fd = None if recipe is None else _original(store, path, recipe.sha256_original)
+        original_fd = None if recipe is None else _original(store, path, choose(recipe))
         if original_fd is None:
             raise StoreError(
                 f"{path}: its original has left the undo window, so it can't be brought back. Nothing was changed.",

@@ -230,7 +230,10 @@ def _ledgers(store: Store) -> Iterator[Finding]:
         if reading.damaged:
             yield _damage(where, "ledger_damaged", f"{reading.damaged} lines of it don't fit their checksums")
         if ledger.pending(reading.records) and not _writer_lives(store, name):
-            yield _note(where, "unfinished", "a step was interrupted; mounting the store finishes it or takes it back")
+            here = os.path.basename(name).startswith(f"{store.host}-")
+            on = "" if here else " on the machine where that happened (it is not this one)"
+            message = f"a step was interrupted; mounting the store{on} finishes it or takes it back"
+            yield _note(where, "unfinished", message)
         for record in reading.records:
             if isinstance(record, ledger.Intent):
                 steps.append(record)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
 
+from esrfs.blob.recipe import Recipe
 from esrfs.store import swap
 from esrfs.store.beneath import beneath
 from esrfs.store.catalog import Catalog, Entry
@@ -16,7 +18,7 @@ from esrfs.store.errors import Problem, StoreError
 from esrfs.store.examine import examine, may_be_blob
 from esrfs.store.identity import Identity
 from esrfs.store.layout import Store
-from esrfs.upkeep import walk
+from esrfs.upkeep import undo, walk
 from esrfs.upkeep.claims import Claims
 
 log = logging.getLogger("esrfs.upkeep")
@@ -26,7 +28,7 @@ class Restored(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     state: Literal["restored", "failed"]
     message: str = ""
-    """Why not, and what is the case now; a sentence for people."""
+    """Why not, and what is the case now; or which original it is, if there are two. A sentence for people."""
 
 
 def restore(
@@ -36,21 +38,24 @@ def restore(
     *,
     catalog: Catalog,
     claims: Claims | None = None,
+    first: bool = False,
 ) -> list[Restored]:
     """Bring back the original of each compacted file at and below ``paths``; one result for each.
 
     A path that names a file which is not compacted fails; below a folder such files are no result. What was brought
     back is left alone by compaction until somebody asks for it by name (catalog state ``original``). ``claims``: the
-    mount's; a file that is open there fails. Trouble with one file does not keep the others from being tried. Raises
-    OSError for a path that does not exist."""
+    mount's; a file that is open there fails. ``first``: of photographs that programs have rewritten since (captions,
+    ratings), what was there before, where the window has it. Trouble with one file does not keep the others from
+    being tried. Raises OSError for a path that does not exist."""
     claims = claims or Claims()
     named = set(paths)
     wanted = [found.path for found in walk.files(store, paths) if found.path in named or _is_blob(store, found)]
     results = []
     for number, path in enumerate(wanted, 1):
         on_progress(number, len(wanted), path)
+        choice = _Choice(store, first)
         try:
-            descriptor = _restore(store, path, claims)
+            descriptor = _restore(store, path, claims, choice)
         except StoreError as error:
             results.append(Restored(path=path, state="failed", message=str(error)))
         except OSError as error:
@@ -70,11 +75,33 @@ def restore(
             )
             catalog.put(Identity.from_stat(st), known)
             log.info("%s: the original was brought back", path)
-            results.append(Restored(path=path, state="restored"))
+            results.append(Restored(path=path, state="restored", message=choice.said))
     return results
 
 
-def _restore(store: Store, path: str, claims: Claims) -> int:
+@dataclass
+class _Choice:
+    """Which original, and what is said of it."""
+
+    store: Store
+    first: bool
+    said: str = ""
+
+    def __call__(self, recipe: Recipe) -> bytes:
+        earlier = undo.first(self.store, recipe)
+        if earlier is None:
+            return recipe.sha256_original
+        if self.first:
+            self.said = "this is what was there first, without what a program has written into it since"
+            return earlier
+        self.said = (
+            "this is the file as a program rewrote it. What was there first is in the undo window, too: with --first "
+            "it comes back, after this file was compacted again (esrfs compact --now)"
+        )
+        return recipe.sha256_original
+
+
+def _restore(store: Store, path: str, claims: Claims, choice: _Choice) -> int:
     """A descriptor of the original, which is back in its place. Raises OSError, StoreError."""
     blob = beneath(store.root_fd, path, os.O_PATH | os.O_NOFOLLOW)
     try:
@@ -87,7 +114,7 @@ def _restore(store: Store, path: str, claims: Claims) -> int:
             with claims.barrier(claim):
                 if claim.interrupted:
                     raise in_use
-                return swap.restore(store, path)
+                return swap.restore(store, path, choice)
         finally:
             claims.end(claim)
     finally:

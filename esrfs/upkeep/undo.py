@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import os
 from dataclasses import dataclass
 
-from esrfs.store import ledger, originals
+from esrfs.blob.recipe import Recipe
+from esrfs.store import ledger, nameless, originals
+from esrfs.store.examine import examine, recipe_of
 from esrfs.store.layout import Store
 
 
@@ -33,6 +36,35 @@ def until(store: Store, sha256_original: bytes) -> str | None:
     """
     kept = originals.find(store, sha256_original)
     return _in_days(originals.days_left(store, kept[0])) if kept else None
+
+
+def first(store: Store, recipe: Recipe) -> bytes | None:
+    """sha256 of what a photograph was before programs rewrote what is around its pixels (captions, ratings), if the
+    window has that still; None for any other photograph.
+
+    The blob that was made of it lost its name when the file was rewritten, and has the same reference. Raises OSError.
+    """
+    if not recipe.reference or recipe.sha256_original != recipe.sha256_view:
+        return None  # it was not taken over from another
+    if not originals.find(store, recipe.sha256_original):
+        return None  # the file as it was rewritten would be lost
+    for descriptor in nameless.find(store, recipe.reference):
+        try:
+            st = os.fstat(descriptor)
+            info = examine(store, descriptor, st)
+            earlier = None if info is None else recipe_of(descriptor, st, info)
+        except (OSError, ValueError):
+            continue  # as if it had not been kept
+        finally:
+            os.close(descriptor)
+        if (
+            earlier is not None
+            and earlier.reference == recipe.reference
+            and earlier.sha256_original != earlier.sha256_view
+            and originals.find(store, earlier.sha256_original)
+        ):
+            return earlier.sha256_original
+    return None
 
 
 def _in_days(days: int) -> str:
