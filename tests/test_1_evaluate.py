@@ -273,9 +273,9 @@ def test_results_of_other_code_do_not_count(monkeypatch, tmp_path):
     monkeypatch.setattr(grid.esrfs, "__file__", str(package / "__init__.py"))
     for change in ("two", "three"):
         (package / "compaction" / "planner.py").write_text(change)
-        grid._own_version.cache_clear()
+        grid.own_version.cache_clear()
         made_by.add(grid.plan([picture()], choice).trials[0].grows[0][1])
-    grid._own_version.cache_clear()
+    grid.own_version.cache_clear()
     assert len(made_by) == 3
 
 

@@ -456,6 +456,19 @@ def test_the_catalog_finds_blobs_by_their_pixels(catalog):
     assert catalog.blobs_of(reference) == []
 
 
+def test_how_small_pictures_are_refined_is_the_owners_choice(tmp_path):
+    text = format_config(init(str(tmp_path / "photos"), policy=Policy(refinement="idle")).config)
+    policy = parse_config(text, "x").policy
+    assert (policy.refinement, policy.refinement_seconds) == ("idle", 300)
+    older = "\n".join(line for line in text.splitlines() if not line.startswith("refinement"))
+    assert parse_config(older, "x").policy.refinement == "off"
+    with pytest.raises(StoreError, match="refinement = 'sometimes'"):
+        parse_config(text.replace('refinement = "idle"', 'refinement = "sometimes"'), "x")
+    for seconds in ("0", "7200"):
+        with pytest.raises(StoreError, match=f"refinement_seconds = {seconds}"):
+            parse_config(text.replace("refinement_seconds = 300.0", f"refinement_seconds = {seconds}"), "x")
+
+
 def test_what_views_carry_is_one_of_two(tmp_path):
     made = init(str(tmp_path / "store"))
     text = format_config(made.config)

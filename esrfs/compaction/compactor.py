@@ -12,6 +12,7 @@ import hashlib
 import io
 import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,6 +32,7 @@ from esrfs.compaction import gate, lossless, mosaic, planner, shrinking
 from esrfs.compaction import outcome as outcome_format
 from esrfs.compaction.outcome import LOSSLESS, Outcome, Policy, Reason, Verdict
 from esrfs.compaction.planner import Curve, Patience, Trial
+from esrfs.compaction.refine import Refined, codec_noise
 from esrfs.compaction.shrinking import ShrinkerRef
 from esrfs.formats import cells
 from esrfs.metrics.ssimulacra2 import Reference
@@ -45,6 +47,8 @@ SMALLEST_SIDE = 64
 _BYTES, _OF_THE_FILE = 700_000_000, 5
 """Memory that compaction takes (``benchmarks.memory``, ``tests.peaks``), besides that of an engine at rest and what the
 kind takes for each pixel: bytes, and bytes for each of the file's."""
+_BYTES_REFINING = 400_000_000
+"""What refinement takes for each thread at most, with networks that a CPU refines for (lite: 200 MB)."""
 _TRIES = 4
 """On the mosaic, for each way."""
 _FIRST_LEVEL = {"faithful": 52, "high": 34, "balanced": 26, "small": 20}
@@ -60,6 +64,10 @@ _WORST_OF_MOSAIC = 2.5
 """Points by which a picture's worst tile scores less than its mosaic's, on average."""
 _SMALL = 2_000_000
 """Pixels up to which another pass costs little, whatever the patience."""
+_REFINED_MORE, _REFINED_SIZE = 4.0, 0.75
+"""What refinement gives at best: points where a small picture scores highest, and a share of its bytes."""
+_MOSAIC_SECONDS = 0.25
+"""Of the time for refinement, at most."""
 _UNSURE = 1.2
 """A way is tried on the whole picture if the mosaic says that it takes at most so much more than what is allowed."""
 
@@ -91,6 +99,11 @@ def references(networks: Mapping[str, tuple[bytes, NetworkSpec]]) -> list[Networ
     ]
 
 
+Refine = Callable[[bytes, Pixels, Pixels, float, float], Refined | None]
+"""(network's sha256, the original and its small picture, both RGB, the codec's noise, seconds that it may take) → the
+small picture refined (``refine.py``), or None: not by this network on this machine, or not now."""
+
+
 @dataclass(frozen=True)
 class _Way:
     """One way to make a picture small: a scale and what enlarges it, and how the codec samples colour."""
@@ -99,6 +112,7 @@ class _Way:
     subsampling: str
     network: NetworkRef | None = None
     shrinker: ShrinkerRef | None = None
+    refined: bool = False
 
 
 @dataclass
@@ -112,6 +126,8 @@ class _Picture:
     _small: dict[int, Pixels] = field(init=False, default_factory=dict)
     _suited: tuple[tuple[ShrinkerRef, int], Image.Image] | None = field(init=False, default=None)
     """What a shrinker made last, and for which level."""
+    refined: Image.Image | None = field(init=False, default=None)
+    """What refinement made, of one way."""
 
     def __post_init__(self) -> None:
         self.reference = Reference(self.pixels, threads=self.threads)
@@ -126,6 +142,9 @@ class _Picture:
 
     def small(self, way: _Way, level: int, infer: Infer) -> Image.Image:
         """As it is encoded at ``level``: ceil(width / scale) × ceil(height / scale)."""
+        if way.refined:
+            assert self.refined is not None, "made before a refined way is tried"
+            return self.refined
         if way.scale == 1:
             return _image(self.pixels)  # not kept: it is as large as the picture
         if way.scale not in self._small:
@@ -151,18 +170,21 @@ def compact(
     *,
     reference_key: bytes = b"",
     room: float = math.inf,
+    refine: Refine | None = None,
 ) -> Outcome:
     """Try to make a blob of ``original``. ``networks``: those that may enlarge it, tried in this order; without any, it
     is kept at full resolution. ``checkpoint`` is called between steps, and may raise to end it;
     ``reference_key`` (``blob/reference.py``) is the store's, 32 bytes, or empty: then the view refers to nothing;
-    ``room`` is the bytes of memory that it may take.
+    ``room`` is the bytes of memory that it may take; with ``refine`` it also tries a refined small picture.
 
     Files that can't be compacted are a verdict. Raises ValueError for an unknown preset, and what ``infer`` and
     ``checkpoint`` raise.
     """
     if policy.preset == LOSSLESS:
         return lossless.compact(original, policy)
-    outcome = _at_a_loss(original, policy, networks, infer, checkpoint, reference_key=reference_key, room=room)
+    outcome = _at_a_loss(
+        original, policy, networks, infer, checkpoint, reference_key=reference_key, room=room, refine=refine
+    )
     checkpoint()
     return lossless.where_better(original, policy, outcome)
 
@@ -181,6 +203,7 @@ def _at_a_loss(
     *,
     reference_key: bytes,
     room: float,
+    refine: Refine | None,
 ) -> Outcome:
     wanted = gate.thresholds(policy.preset)
     try:
@@ -192,15 +215,17 @@ def _at_a_loss(
         if needed > room:
             message = f"it takes {needed / 1e9:.1f} GB of memory, and {room / 1e9:.1f} GB are free now"
             return _refused(Reason.NO_MEMORY, message, split)
+        threads = len(os.sched_getaffinity(0))
+        if needed + _BYTES_REFINING * threads > room:
+            refine = None
         checkpoint()
         stored = split.pixels()
     except formats.Unsupported as error:
         return Outcome(verdict=Verdict.PASSED_THROUGH, reason=error.reason, message=error.message, kind=error.kind)
     colour = np.ascontiguousarray(stored[:, :, : stored.shape[2] - 1] if stored.shape[2] in (2, 4) else stored)
     del stored
-    threads = len(os.sched_getaffinity(0))
     picture = _Picture(colour, threads)
-    work = _Compaction(original, policy, wanted, split, picture, threads, infer, checkpoint, reference_key)
+    work = _Compaction(original, policy, wanted, split, picture, threads, infer, checkpoint, reference_key, refine)
     return work.run(_ways(picture, networks, planner.PATIENCE[policy.patience]))
 
 
@@ -242,14 +267,19 @@ class _Compaction:
     infer: Infer
     checkpoint: Callable[[], None]
     reference_key: bytes
+    refine: Refine | None = None
     best_score: float | None = None
+    hopes: dict[_Way, float] = field(default_factory=dict)
+    """Points by which what shrinks would pass if the codec lost nothing, as far as a mosaic tells."""
 
     def run(self, ways: list[_Way]) -> Outcome:
         patience = planner.PATIENCE[self.policy.patience]
         allowed = (1 - self.policy.min_saving) * len(self.original)
         done: list[Outcome] = []
         objections: list[tuple[Reason, str]] = []
-        for way, curve in self._promising(ways, allowed):
+        sample = _Picture(mosaic.mosaic(self.picture.pixels), self.threads)
+        promising = self._promising(sample, ways, allowed)
+        for way, curve in promising:
             try:
                 outcome = self._carry_out(way, curve, patience, allowed)
             except (formats.DoesNotFit, ReconstructionError) as error:
@@ -262,33 +292,36 @@ class _Compaction:
             done.append(outcome)
             if len(done) == patience.ways:
                 break
-        if done:
-            return min(done, key=lambda outcome: outcome_format.stored_bytes(outcome.avif, outcome.recipe))
+        best = min(done, key=_stored, default=None)
+        best = self._refined(sample, promising, best, patience, allowed) or best
+        if best is not None:
+            return best
         if not objections:
             objections.append((Reason.QUALITY, "no quality that saves bytes rebuilds it well enough"))
         # The first is that of the most promising way.
         return _refused(*objections[0], self.split, self.best_score)
 
-    def _promising(self, ways: list[_Way], allowed: float) -> list[tuple[_Way, Curve]]:
+    def _promising(self, sample: _Picture, ways: list[_Way], allowed: float) -> list[tuple[_Way, Curve]]:
         """What may pass and save enough, as far as a mosaic tells, and the smallest first."""
-        sample = _Picture(mosaic.mosaic(self.picture.pixels), self.threads)
         small = sample.pixels.size / self.picture.pixels.size
         largest = allowed * small * _UNSURE
         found: list[tuple[_Way, Curve]] = []
         for way in ways:
-            if way.scale > 1 and not self._has_hope(sample, way):
-                continue
+            if way.scale > 1:
+                self.hopes[way] = self._hope(sample, way)
+                if self.hopes[way] < 0:
+                    continue
             first = round(found[0][1].crossing) if found and way.scale == 1 else self._first_level(way)
             curve = planner.explore(partial(self._try, sample, way), first=first, tries=_TRIES, largest=largest)
             if curve is not None:
                 found.append((way, curve))
         return sorted(found, key=lambda each: each[1].size)
 
-    def _has_hope(self, sample: _Picture, way: _Way) -> bool:
-        """Whether it would pass if the codec lost nothing. (Only shrinking does; most pictures can't bear much.)"""
+    def _hope(self, sample: _Picture, way: _Way) -> float:
+        """Points by which it would pass if the codec lost nothing. (Only shrinking does; most pictures bear little.)"""
         small = sample.small(way, planner.HIGHEST, self.infer)
         pixels = np.asarray(small).reshape(small.height, small.width, -1)
-        return self._headroom(sample, reconstruction.enlarge(sample.plan(way), pixels, self.infer)) >= 0
+        return self._headroom(sample, reconstruction.enlarge(sample.plan(way), pixels, self.infer))
 
     def _first_level(self, way: _Way) -> int:
         return _FIRST_LEVEL[self.policy.preset] + (_HIGHER_WHEN_SMALL if way.scale > 1 else 0)
@@ -328,6 +361,72 @@ class _Compaction:
         if problem := gate.objection(result.scores, self.wanted):
             return _refused(Reason.QUALITY, f"rebuilt, {problem}", self.split, self.best_score)
         return self._conclude(way, result, allowed)
+
+    def _refined(
+        self,
+        sample: _Picture,
+        promising: list[tuple[_Way, Curve]],
+        best: Outcome | None,
+        patience: Patience,
+        allowed: float,
+    ) -> Outcome | None:
+        """A blob of a refined small picture, if that is smaller than ``best`` (the least without refinement)."""
+        chosen = self._worth_refining(dict(promising))
+        if self.refine is None or chosen is None or self.picture.gray:
+            return None
+        way, level = chosen
+        end = time.monotonic() + self.policy.refinement_seconds
+        try:
+            noise = self._noise(sample, way, level)
+            is_whole = sample.pixels is self.picture.pixels
+            # A mosaic tells for a fraction of the time whether it is worth the rest.
+            seconds = self.policy.refinement_seconds * (1 if is_whole else _MOSAIC_SECONDS)
+            if not self._refine_small(sample, way, level, noise, seconds):
+                return None
+            way_refined = replace(way, refined=True)
+            curve = planner.explore(partial(self._try, sample, way_refined), first=level, tries=_TRIES)
+            if curve is None or (promising and curve.size >= promising[0][1].size):
+                return None
+            if is_whole:
+                self.picture.refined = sample.refined
+            elif not self._refine_small(self.picture, way, level, noise, end - time.monotonic()):
+                return None
+            least = allowed if best is None else min(allowed, _stored(best) - 1)
+            outcome = self._carry_out(way_refined, curve, patience, least)
+        except (formats.DoesNotFit, ReconstructionError):
+            return None
+        return outcome if outcome.verdict is Verdict.COMPACTED else None
+
+    def _worth_refining(self, curves: dict[_Way, Curve]) -> tuple[_Way, int] | None:
+        """What may turn out smallest when it is refined, and about the level that it will then need."""
+        least = min((curve.size for curve in curves.values()), default=math.inf)
+        found: list[tuple[float, float, _Way, int]] = []
+        for way, hope in self.hopes.items():
+            curve = curves.get(way)
+            if hope < -_REFINED_MORE or (curve is not None and curve.size * _REFINED_SIZE >= least):
+                continue
+            level = self._first_level(way) if curve is None else round(curve.crossing - _REFINED_MORE / curve.slope)
+            size = math.inf if curve is None else curve.size
+            found.append((size, -hope, way, min(max(level, planner.LOWEST), planner.HIGHEST)))
+        return min(found, key=lambda each: each[:2])[2:] if found else None
+
+    def _noise(self, sample: _Picture, way: _Way, level: int) -> float:
+        """What the codec changes at ``level``, in shades."""
+        small = sample.small(way, level, self.infer)
+        avif = encode_avif(small, planner.quality(level), way.subsampling, _FAST)
+        return codec_noise(np.asarray(small), reconstruction.decode_small(sample.plan(way), avif))
+
+    def _refine_small(self, picture: _Picture, way: _Way, level: int, noise: float, seconds: float) -> bool:
+        """Whether anything of it was refined."""
+        assert self.refine is not None and way.network is not None
+        self.checkpoint()
+        small = np.asarray(picture.small(way, level, self.infer))
+        done = self.refine(way.network.sha256, picture.pixels, small, noise, seconds)
+        self.checkpoint()
+        if done is None or not done.share:
+            return False
+        picture.refined = _image(done.small)
+        return True
 
     def _result(self, way: _Way, level: int, speed: int) -> _Result:
         self.checkpoint()
@@ -427,6 +526,10 @@ class _Compaction:
 
     def _note(self, scores: Scores) -> None:
         self.best_score = max(self.best_score if self.best_score is not None else -math.inf, scores.ssimulacra2)
+
+
+def _stored(outcome: Outcome) -> int:
+    return outcome_format.stored_bytes(outcome.avif, outcome.recipe)
 
 
 def _problem(error: formats.DoesNotFit | ReconstructionError) -> tuple[Reason, str]:

@@ -22,8 +22,11 @@ NEVER = "never"
 CHOICES = (*PRESETS, LOSSLESS)
 PATIENCES = ("low", "normal", "high", "endless")
 """What each means: ``planner.PATIENCE``."""
-
-
+REFINEMENTS = ("off", "idle", "always")
+"""Whether small pictures are refined (``refine.py``): never; where an accelerator runs networks, or the machine has
+nothing else to do; or whatever it takes."""
+LONGEST_REFINEMENT = 1800.0
+"""Seconds: half of what a compaction may take before the engine is thought to hang."""
 CARRIES = ("reference", "full")
 
 
@@ -42,6 +45,11 @@ class Policy(msgspec.Struct, frozen=True):
     """The same for blobs that give the original back bit for bit."""
     max_megapixels: float = 200.0
     """Larger pictures are left alone: a bound on memory, and against decompression bombs."""
+    refinement: str = "off"
+    """One of REFINEMENTS."""
+    refinement_seconds: float = 300.0
+    """That refinement may take for one photograph, at most LONGEST_REFINEMENT. What is not done by then stays as it
+    was, so a blob depends on the machine's speed where this ends it, and only there."""
     carry: str = "reference"
     """What a view's fill holds of its blob, one of CARRIES: ``full`` is the whole, for other stores."""
 

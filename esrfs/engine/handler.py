@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -18,9 +19,10 @@ from PIL import Image
 
 from esrfs import formats, reconstruction
 from esrfs.blob import recipe as recipe_format
-from esrfs.compaction import compactor
-from esrfs.compaction.outcome import Outcome, Reason, Verdict
-from esrfs.engine import protocol, room, tiles
+from esrfs.compaction import compactor, refine
+from esrfs.compaction.compactor import Refine
+from esrfs.compaction.outcome import Outcome, Policy, Reason, Verdict
+from esrfs.engine import idleness, protocol, room, tiles
 from esrfs.engine.errors import DeviceFailedError, JobFailedError
 from esrfs.engine.lanes import Cancelled, Running
 from esrfs.engine.tiles import Crew
@@ -82,6 +84,7 @@ class NetworkHandler:
                 job.checkpoint,
                 reference_key=request.reference_key,
                 room=room.available(),
+                refine=self._refine(job, request.policy),
             )
         except (Cancelled, JobFailedError, DeviceFailedError):
             raise
@@ -117,16 +120,55 @@ class NetworkHandler:
     def _infer(self, job: Running) -> Infer:
         def infer(sha256: bytes, pixels: Pixels) -> Pixels:
             network = self._network(sha256)
-            try:
+            with self._troubles():
                 return tiles.enlarge(network, pixels, partial(self._crew.spread, job), self._tile)
-            except RuntimeError as error:  # torch's errors are, those of a lost or full accelerator too
-                if self.device != "cpu":
-                    raise DeviceFailedError(str(error)) from error
-                if "allocate memory" in str(error):  # torch has no class of its own for that
-                    raise MemoryError(str(error)) from error
-                raise
 
         return infer
+
+    def _refine(self, job: Running, policy: Policy) -> Refine | None:
+        """What refines small pictures, if the policy wants it. Whether the machine is idle is judged when it comes to
+        that, by what went on since the job began."""
+        if policy.refinement == "off":
+            return None
+        watch = idleness.Watch() if policy.refinement == "idle" and self.device == "cpu" else None
+
+        def refined(
+            sha256: bytes, original: Pixels, small: Pixels, noise: float, seconds: float
+        ) -> refine.Refined | None:
+            network = self._network(sha256)
+            # Others need gigabytes for a tile's gradients, and hours for a photograph.
+            if self.device == "cpu" and network.spec.architecture != "SRVGGNetCompact":
+                return None
+            if watch is not None and not watch.was_idle():
+                log.info("the machine is busy, so a photograph is stored unrefined")
+                return None
+            with self._troubles():
+                return refine.refine(
+                    original,
+                    small,
+                    network.differentiable,
+                    scale=network.scale,
+                    margin=network.margin,
+                    noise=noise,
+                    seconds=seconds,
+                    device=self.device,
+                    spread=partial(self._crew.spread, job),
+                    checkpoint=job.checkpoint,
+                )
+
+        return refined
+
+    @contextlib.contextmanager
+    def _troubles(self) -> Iterator[None]:
+        """torch's errors become those that the worker knows: of a lost or full accelerator, of memory."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.device != "cpu":
+                raise DeviceFailedError(str(error)) from error
+            if "allocate memory" in str(error):  # torch has no class of its own for that
+                raise MemoryError(str(error)) from error
+            raise
 
     def _network(self, sha256: bytes) -> loading.Network:
         with self._lock:

@@ -95,14 +95,14 @@ def plan(pictures: Sequence[Picture], choice: Choice) -> Plan:
                         for quality in _qualities(choice, codec, scale)
                     ]
         if store_network is not None:
-            made_by = f"esrfs {_own_version()}, {store_network.name} {store_network.sha256}"
+            made_by = f"esrfs {own_version()}, {store_network.name} {store_network.sha256}"
             grows = ((store_network.name, made_by),)
             trials += [Trial(picture, ESRFS, 0, "", preset, grows, choice.measures) for preset in choice.presets]
     return Plan(trials, left_out)
 
 
 @functools.cache
-def _own_version() -> str:
+def own_version() -> str:
     """esrfs's, and a digest of the code that compaction's bytes depend on: results of other code don't count."""
     package = Path(esrfs.__file__).parent
     sources = [package / "reconstruction.py"]

@@ -9,9 +9,12 @@ the reference; for patches of 128 pixels only the smallest resolution is missing
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F  # noqa: N812 (torch's own convention)
 
 from esrfs.metrics import ssimulacra2 as metric
@@ -20,39 +23,76 @@ _BLOCK = 64
 """Pixels that one product of matrices blurs at once, in each direction."""
 
 
+class _Plane(NamedTuple):
+    """The original's side of one channel at one resolution."""
+
+    padded: Tensor
+    """N×(H+10)×(W+10)."""
+    mean: Tensor
+    """N×H×W, blurred."""
+    spread: Tensor
+    """N×H×W, local variance + C2."""
+    edges: Tensor
+    """N×H×W: 1 + what differs from the mean."""
+
+
+class Original:
+    """Originals that many views are compared with: their half of the work is done once."""
+
+    def __init__(self, original: Tensor) -> None:
+        """N×3×H×W, RGB in 0 to 1. Raises ValueError for another shape, and pictures smaller than 8×8."""
+        if original.ndim != 4 or original.shape[1] != 3:
+            raise ValueError(f"{tuple(original.shape)} is not the shape of RGB pictures")
+        if min(original.shape[2:]) < metric._SMALLEST:
+            raise ValueError(f"pictures of {tuple(original.shape[2:])} are too small for SSIMULACRA2")
+        self.shape = original.shape
+        self._planes: list[dict[int, _Plane]] = []
+        for planes, channels in _resolutions(original):
+            self._planes.append({channel: _prepared(planes[channel], metric._OUTSIDE[channel]) for channel in channels})
+
+    def scores(self, view: Tensor) -> Tensor:
+        """Of N pictures of the originals' shape → N."""
+        if view.shape != self.shape:
+            raise ValueError(f"pictures of {tuple(self.shape)} and {tuple(view.shape)} can't be compared")
+        total = torch.zeros(view.shape[0], device=view.device)
+        for known, (planes, channels) in zip(self._planes, _resolutions(view), strict=True):
+            for channel, features in channels.items():
+                maps = _maps(known[channel], planes[channel], metric._OUTSIDE[channel])
+                for feature in features:
+                    values = maps[feature.map]
+                    if feature.power == 1:
+                        pooled = values.mean((1, 2))
+                    else:
+                        pooled = values.square().square().mean((1, 2)).clamp(min=1e-28).sqrt().sqrt()
+                    total = total + feature.weight * pooled
+        total = total * 0.9562382616834844
+        bent = 2.326765642916932 * total - 0.020884521182843837 * total**2 + 6.248496625763138e-05 * total**3
+        scores: Tensor = 100 - 10 * bent.clamp(min=1e-9) ** 0.6276336467831387
+        return scores
+
+
 def ssimulacra2(original: Tensor, view: Tensor) -> Tensor:
     """Scores of N pictures: two N×3×H×W, RGB in 0 to 1 as sRGB is coded (values beyond are cut off) → N.
 
     Gradients flow to ``view`` and, if asked for, to ``original``. Raises ValueError for other shapes, and pictures
     smaller than 8×8.
     """
-    if original.shape != view.shape or original.ndim != 4 or original.shape[1] != 3:
-        raise ValueError(f"pictures of {tuple(original.shape)} and {tuple(view.shape)} can't be compared")
-    if min(view.shape[2:]) < metric._SMALLEST:
-        raise ValueError(f"pictures of {tuple(view.shape[2:])} are too small for SSIMULACRA2")
-    linear = [_linear(original), _linear(view)]
-    total = torch.zeros(view.shape[0], device=view.device)
+    return Original(original).scores(view)
+
+
+_Channels = dict[int, list[metric._Feature]]
+
+
+def _resolutions(picture: Tensor) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], _Channels]]:
+    """X, Y and B of a picture at each resolution that counts, with the channels and features that do."""
+    linear = _linear(picture)
     for level, channels in enumerate(metric._plan(metric._SCALES)):
         if level:
-            linear = [_halve(picture) for picture in linear]
-        if min(linear[0].shape[2:]) < metric._SMALLEST:
-            break
-        if not channels:
-            continue
-        planes = [_planes(picture) for picture in linear]
-        for channel, features in channels.items():
-            maps = _maps(planes[0][channel], planes[1][channel], metric._OUTSIDE[channel])
-            for feature in features:
-                values = maps[feature.map]
-                if feature.power == 1:
-                    pooled = values.mean((1, 2))
-                else:
-                    pooled = values.square().square().mean((1, 2)).clamp(min=1e-28).sqrt().sqrt()
-                total = total + feature.weight * pooled
-    total = total * 0.9562382616834844
-    bent = 2.326765642916932 * total - 0.020884521182843837 * total**2 + 6.248496625763138e-05 * total**3
-    scores: Tensor = 100 - 10 * bent.clamp(min=1e-9) ** 0.6276336467831387
-    return scores
+            linear = _halve(linear)
+        if min(linear.shape[2:]) < metric._SMALLEST:
+            return
+        if channels:
+            yield _planes(linear), channels
 
 
 def _linear(coded: Tensor) -> Tensor:
@@ -79,15 +119,20 @@ def _planes(linear: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (response[0] - response[1]) * 7, luminance - (0.45 - 0.01), response[2] - luminance
 
 
-def _maps(original: Tensor, view: Tensor, outside: float) -> tuple[Tensor, Tensor, Tensor]:
+def _prepared(plane: Tensor, outside: float) -> _Plane:
+    padded = _pad(plane, outside)
+    mean, square = _blurred(torch.stack((padded, padded.square()))).unbind(0)
+    return _Plane(padded, mean, square - mean.square() + metric._C2, 1 + (plane - mean).abs())
+
+
+def _maps(original: _Plane, view: Tensor, outside: float) -> tuple[Tensor, Tensor, Tensor]:
     """ssim, ringing and lost, N×H×W each."""
-    padded = [_pad(plane, outside) for plane in (original, view)]
-    stacked = torch.stack((padded[0], padded[1], padded[0].square(), padded[1].square(), padded[0] * padded[1]))
-    mean1, mean2, square1, square2, product = _blur(stacked).unbind(0)
-    similar = 2 * (product - mean1 * mean2) + metric._C2
-    spread = (square1 - mean1.square()) + (square2 - mean2.square()) + metric._C2
-    ssim = (1 - (1 - (mean1 - mean2).square()) * similar / spread).clamp(min=0)
-    edges = (1 + (view - mean2).abs()) / (1 + (original - mean1).abs()) - 1
+    padded = _pad(view, outside)
+    mean, square, product = _blurred(torch.stack((padded, padded.square(), padded * original.padded))).unbind(0)
+    similar = 2 * (product - original.mean * mean) + metric._C2
+    spread = square - mean.square() + original.spread
+    ssim = (1 - (1 - (original.mean - mean).square()) * similar / spread).clamp(min=0)
+    edges = (1 + (view - mean).abs()) / original.edges - 1
     return ssim, edges.clamp(min=0), (-edges).clamp(min=0)
 
 
@@ -98,19 +143,46 @@ def _pad(plane: Tensor, outside: float) -> Tensor:
     return F.pad(rows, (radius, radius), value=outside)
 
 
+class _Blur(torch.autograd.Function):
+    """The blur is linear and its kernel symmetric, so its gradient is a blur too: half the time of what autograd makes
+    of the windows below."""
+
+    @staticmethod
+    def forward(context: FunctionCtx, padded: Tensor) -> Tensor:
+        return _blur(padded)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: FunctionCtx, gradient: Tensor) -> Tensor:
+        return _blur(F.pad(gradient, [2 * metric._RADIUS] * 4))
+
+
+def _blurred(padded: Tensor) -> Tensor:
+    """…×(H+10)×(W+10) → …×H×W."""
+    result: Tensor = _Blur.apply(padded)  # type: ignore[no-untyped-call]  # torch's stubs lack its types
+    return result
+
+
 def _blur(padded: Tensor) -> Tensor:
-    """…×(H+10)×(W+10) → …×H×W, by matrix products: several times as fast as convolutions of one channel."""
-    return _blur_rows(_blur_rows(padded).transpose(-1, -2)).transpose(-1, -2)
+    """…×(H+10)×(W+10) → …×H×W, by products of matrices that lie in memory as they are: several times as fast as
+    convolutions of one channel, or as one product of all windows, which are copied first."""
+    *many, height, width = (*padded.shape[:-2], padded.shape[-2] - 2 * metric._RADIUS, padded.shape[-1])
+    planes = padded.reshape(-1, *padded.shape[-2:])
+    count = planes.shape[0]
+    down = planes.new_empty(count, height, width)
+    for top, bottom in _blocks(height):
+        band = _band(bottom - top, padded.device).T.expand(count, -1, -1)
+        down[:, top:bottom] = torch.bmm(band, planes[:, top : bottom + 2 * metric._RADIUS])
+    rows = down.view(-1, width)
+    across = rows.new_empty(rows.shape[0], width - 2 * metric._RADIUS)
+    for left, right in _blocks(across.shape[1]):
+        band = _band(right - left, padded.device)
+        torch.mm(rows[:, left : right + 2 * metric._RADIUS], band, out=across[:, left:right])
+    return across.view(*many, height, -1)
 
 
-def _blur_rows(padded: Tensor) -> Tensor:
-    """…×(W+10) → …×W."""
-    width = padded.shape[-1] - 2 * metric._RADIUS
-    block = min(_BLOCK, width)
-    padded = F.pad(padded, (0, -width % block))
-    windows = padded.unfold(-1, block + 2 * metric._RADIUS, block)
-    matrix = _band(block, padded.device)
-    return (windows @ matrix).flatten(-2)[..., :width]
+def _blocks(size: int) -> list[tuple[int, int]]:
+    return [(begin, min(begin + _BLOCK, size)) for begin in range(0, size, _BLOCK)]
 
 
 @functools.cache

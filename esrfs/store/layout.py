@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from esrfs.compaction.outcome import CARRIES, CHOICES, PATIENCES, Policy
+from esrfs.compaction.outcome import CARRIES, CHOICES, LONGEST_REFINEMENT, PATIENCES, REFINEMENTS, Policy
 from esrfs.store import ledger
 from esrfs.store.errors import Problem, StoreError
 from esrfs.store.ledger import Ledger
@@ -113,6 +113,8 @@ undo_days = {undo_days}
 preset = {preset}  # faithful, high, balanced, small, lossless; for some files: see the file rules, beside this one
 network = {network}  # a family (lite-x2 and so on are of the family lite), or one network
 patience = {patience}  # low, normal, high, endless: time spent on each picture for fewer bytes
+refinement = {refinement}  # off, idle, always: fit small pictures to the network; idle: if nothing else is to be done
+refinement_seconds = {refinement_seconds}  # that this may take for each photograph
 min_saving = {min_saving}  # a file is left alone unless it shrinks by at least this share
 min_saving_lossless = {min_saving_lossless}  # the same where it comes back bit for bit
 max_megapixels = {max_megapixels}
@@ -156,6 +158,18 @@ def parse_config(text: str, where: str) -> StoreConfig:
         raise StoreError(
             f"{where} asks for the patience {config.policy.patience!r}, which is none of {', '.join(PATIENCES)}. "
             "Correct it.",
+            Problem.DAMAGED,
+        )
+    if config.policy.refinement not in REFINEMENTS:
+        raise StoreError(
+            f"{where} says refinement = {config.policy.refinement!r}, which is none of {', '.join(REFINEMENTS)}. "
+            "Correct it.",
+            Problem.DAMAGED,
+        )
+    if not 0 < config.policy.refinement_seconds <= LONGEST_REFINEMENT:
+        raise StoreError(
+            f"{where} says refinement_seconds = {config.policy.refinement_seconds:g}; it must be more than 0 and at "
+            f"most {LONGEST_REFINEMENT:g}. Correct it.",
             Problem.DAMAGED,
         )
     if config.policy.preset not in CHOICES:
