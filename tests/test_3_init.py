@@ -311,9 +311,24 @@ def test_a_prediction_of_files_of_all_sizes_is_near(folder):
         return Outcome(verdict=Verdict.COMPACTED, avif=bytes(stored(len(data))))
 
     told = predict(str(folder), compact, ["high"])
-    assert told.sampled <= 24
+    assert told.sampled <= initialise.SAMPLE
     saved, predicted = told.bytes - truth, told.bytes - told.presets["high"].bytes
     assert predicted == pytest.approx(saved, rel=0.05)
+
+
+def test_predictions_lean_to_neither_side():
+    """Over many draws: files of all sizes, some of which stay as they are."""
+    rng = random.Random(3)
+    sizes = [int(5000 * 1.01 ** rng.randrange(600)) for _ in range(400)]
+    shares = [rng.choice((0.1, 0.3, 1.0)) * (1 if size > 50_000 else 0.9) for size in sizes]
+    saved = sum(size * (1 - share) for size, share in zip(sizes, shares, strict=True))
+    candidates = [(str(number), size) for number, size in enumerate(sizes)]
+    said = [
+        sum(part * (1 - shares[int(name)]) for name, _, part in initialise.draw(candidates, initialise.SAMPLE, seed))
+        for seed in range(300)
+    ]
+    assert sum(said) / len(said) == pytest.approx(saved, rel=0.02)
+    assert len(set(said)) > 50
 
 
 def test_a_prediction_refuses_what_init_refuses(folder):

@@ -33,7 +33,10 @@ from esrfs.store.probe import probe
 FAULT_POINTS = ("init.begin", "init.built", "init.store", "init.mountpoint", "init.exchanged", "init.done")
 
 _NEW = ".esrfs.new"
-_SMALLEST_CANDIDATE = 4096
+SMALLEST_CANDIDATE = 4096
+"""Bytes: smaller files are not reckoned with."""
+SAMPLE = 32
+"""Files that a prediction tries: enough for a saving that is less than 15 % off (``benchmarks.ratios``)."""
 
 
 @dataclass(frozen=True)
@@ -325,7 +328,7 @@ def predict(
     compact: Callable[[bytes, str], Outcome],
     presets: Sequence[str],
     *,
-    sample: int = 24,
+    sample: int = SAMPLE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prediction:
     """What the files below ``path`` would take as a store, by compacting up to ``sample`` of them under each preset
@@ -338,8 +341,8 @@ def predict(
     path = os.path.realpath(path)
     refuse_unsuitable(path)
     files = list(_files(path))
-    candidates = [(name, size) for name, size in files if size >= _SMALLEST_CANDIDATE and _looks_compactable(name)]
-    chosen = _draw(candidates, sample)
+    candidates = [(name, size) for name, size in files if size >= SMALLEST_CANDIDATE and _looks_compactable(name)]
+    chosen = draw(candidates, sample)
     shares: dict[str, list[float]] = {preset: [] for preset in presets}
     compacted = dict.fromkeys(presets, 0)
     weights: list[float] = []
@@ -371,7 +374,7 @@ def predict(
     return Prediction(len(files), total, len(candidates), candidate_bytes, len(weights), predicted)
 
 
-def _draw(candidates: list[tuple[str, int]], count: int) -> list[tuple[str, int, float]]:
+def draw(candidates: list[tuple[str, int]], count: int, seed: int = 0) -> list[tuple[str, int, float]]:
     """At most ``count`` files, each with its size and the bytes that it stands for: in all, those of all candidates.
 
     Sampling with probability proportional to size (systematic, in order of size): bytes are asked for, and a few large
@@ -386,7 +389,8 @@ def _draw(candidates: list[tuple[str, int]], count: int) -> list[tuple[str, int,
         return certain
     left = count - len(certain)
     step = sum(size for _, size in rest) / left
-    marks = [(number + random.Random(0).random()) * step for number in range(left)]
+    begin = random.Random(seed).random()
+    marks = [(number + begin) * step for number in range(left)]
     drawn: list[tuple[str, int, float]] = []
     end = 0
     for name, size in rest:
