@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import struct
 import time
 import tracemalloc
@@ -21,6 +22,7 @@ from PIL import Image
 from esrfs import formats
 from esrfs.blob import carried, container, grid
 from esrfs.blob import recipe as recipe_format
+from esrfs.compaction import homecoming
 from esrfs.formats import jpegxl, png_parse, scan, tiff_parse
 from esrfs.formats.view import Unsupported
 
@@ -270,6 +272,22 @@ def test_a_carried_recipe_with_millions_of_lists() -> None:
     body = b"\x81\xa6coding" + coding
     with within(5, 40):
         assert carried.find([bytes(32) + b"esrfblob" + struct.pack(">I", len(body)) + body]) is None
+
+
+def test_an_envelope_of_runs_that_are_a_little_too_short() -> None:
+    data = (bytes(255) + b"\1" + b"\xff" * 255 + b"\1") * (1 << 16)
+    began = time.perf_counter()
+    assert homecoming.spans(data) == [recipe_format.Literal(data)]
+    assert time.perf_counter() - began < 4
+
+
+@given(st.lists(st.tuples(st.sampled_from([0, 1, 0xFF]), st.sampled_from([1, 2, 255, 256, 257, 600])), max_size=12))
+def test_an_envelope_in_spans_is_the_same(parts: list[tuple[int, int]]) -> None:
+    data = b"".join(bytes([value]) * count for value, count in parts)
+    found = homecoming.spans(data)
+    assert recipe_format.expand(found) == data
+    runs = [match.span() for match in re.finditer(rb"\x00{256,}|\xff{256,}", data)]
+    assert [span.count for span in found if isinstance(span, recipe_format.Run)] == [end - at for at, end in runs]
 
 
 @settings(deadline=None, max_examples=200)
