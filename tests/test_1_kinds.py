@@ -14,6 +14,7 @@ from PIL import Image
 from esrfs import formats
 from esrfs.blob.recipe import PictureCoding, kind_of
 from esrfs.formats import kinds
+from tests.test_1_png import interlaced
 from tests.test_2_formats import check_view
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
@@ -35,16 +36,40 @@ def test_every_kind_has_a_module_a_coding_and_a_name() -> None:
         assert name in kinds.in_words()
 
 
+SIZES = [(1, 1), (2, 1), (1, 4000), (4000, 1), (17, 3000), (3000, 3), (3, 5000)]
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(2).integers(100, 140, (height, width, 3), dtype=np.uint8))
+
+
 @pytest.mark.parametrize("kind", kinds.COMPACTED)
-@pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 4000), (4000, 1), (17, 3000), (3000, 3), (3, 5000)])
+@pytest.mark.parametrize("size", SIZES)
 def test_extreme_shapes(kind: str, size: tuple[int, int]) -> None:
-    noise = np.random.default_rng(2).integers(100, 140, (size[1], size[0], 3), dtype=np.uint8)
     for options in OPTIONS[kind]:
         out = io.BytesIO()
-        Image.fromarray(noise).save(out, kind, **options)
-        assert formats.identify(out.getvalue()) == kind
-        view = check_view(out.getvalue())
-        if view is None:
-            assert min(size) < 20 and kind != "bmp"  # the fixed parts of a view weigh more than so few pixels
-        else:
-            assert kind_of(view.coding) == kind
+        noise(*size).save(out, kind, **options)
+        check_extreme(out.getvalue(), kind)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_extreme_shapes_of_palettes_and_interlaced_pictures(size: tuple[int, int]) -> None:
+    few = noise(*size).quantize(16)
+    few.putpalette(((few.getpalette() or []) + [0] * 48)[:48])
+    for image in (noise(*size), few):
+        out = io.BytesIO()
+        image.save(out, "PNG", compress_level=0)
+        check_extreme(out.getvalue(), "png")
+        if image.mode == "RGB":
+            check_extreme(interlaced(out.getvalue()), "png")
+
+
+def check_extreme(original: bytes, kind: str) -> None:
+    assert formats.identify(original) == kind
+    split = formats.split(original, 50)
+    view = check_view(original)
+    if view is None:
+        # the fixed parts of a view weigh more than so few pixels
+        assert min(split.width, split.height) < 20 and kind != "bmp"
+    else:
+        assert kind_of(view.coding) == kind

@@ -88,7 +88,7 @@ def test_the_sharper_the_more_is_done_to_make_it_fit(quality: int, progressive: 
         skimage_photo("astronaut", (384, 288)), "JPEG", quality=quality, optimize=True, progressive=progressive
     )
     effort: list[float] = []
-    for much in (1.0, 3.0, 4.0, 5.0, 7.0):
+    for much in (1.0, 4.0, 7.0):
         try:
             coding, _ = fitted(original, rebuilt("astronaut", much))
         except formats.DoesNotFit as error:
@@ -135,7 +135,7 @@ def compacted(original: bytes, much: float, preset: str, monkeypatch: pytest.Mon
 
 
 def test_the_gate_measures_what_the_fit_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    soft = skimage_photo("coffee", (256, 192)).resize((512, 384), Image.Resampling.BICUBIC)
+    soft = skimage_photo("coffee", (160, 120)).resize((320, 240), Image.Resampling.BICUBIC)
     original = encoded(soft, "JPEG", quality=75, optimize=True)
     outcome = compacted(original, 4.0, "small", monkeypatch)
     assert outcome.verdict == Verdict.COMPACTED, outcome.message
