@@ -17,8 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from esrfs.compaction import compactor, planner
-from esrfs.networks import loading
+from esrfs.compaction import compactor, planner, shrinking
+from esrfs.networks import architectures, loading
+from esrfs.networks.spec import NetworkSpec
 from esrfs.train import curves, features, log, loop, measure, photographs, store_degradation
 from esrfs.train.photographs import Pixels
 from esrfs.train.settings import RealEsrganDegradation, Stage, StoreDegradation, Training, TrainingError
@@ -375,6 +376,24 @@ def test_a_shrinker_learns(make_inputs: Callable[[Training], loop.Inputs], tmp_p
     other = msgspec.structs.replace(inputs, enlarger_sha256="1")
     with pytest.raises(TrainingError, match="other photographs or starting weights"):
         loop.train(SHRINKING, other, tmp_path / "straight")
+
+
+def test_what_is_coded_went_through_the_shrinker(folder: Path, tmp_path: Path) -> None:
+    model = architectures.Shrinker(num_feat=8, num_conv=1)
+    for parameter in model.tail.parameters():
+        torch.nn.init.constant_(parameter, 0.5)
+    spec = NetworkSpec(
+        name="s", architecture="Shrinker", arguments={"num_feat": 8, "num_conv": 1, "reduction": 2}, scale=1, margin=3
+    )
+    shrinker = loading.load(loading.save(spec, model.state_dict()))
+    paths = photographs.find(folder)[:1]
+    (plain,) = photographs.load(paths, TRAINING, tmp_path)
+    (changed,) = photographs.load(paths, TRAINING, tmp_path, shrinker=shrinker)
+    assert np.array_equal(plain.small[0], changed.small[0])
+    packed = shrinking.pack(plain.full, plain.small[0], 2, shrinking.alike(plain.levels[0]))
+    expected = store_degradation.code(shrinker(packed[None])[0], plain.levels[0])
+    assert np.array_equal(changed.small[1], store_degradation.decode(expected))
+    assert not np.array_equal(changed.small[1], plain.small[1])
 
 
 def test_measuring_bytes() -> None:

@@ -22,7 +22,7 @@ from esrfs.exit_codes import ExitCode
 from esrfs.networks import loading, registry
 from esrfs.networks.registry import WeightsError
 from esrfs.train import curves, features, log, loop, photographs, settings
-from esrfs.train.settings import Training, TrainingError
+from esrfs.train.settings import StoreDegradation, Training, TrainingError
 
 
 def main(  # noqa: PLR0917 (typer calls it by name)
@@ -102,17 +102,21 @@ def _inputs(
 ) -> loop.Inputs:
     aside, learn = photographs.set_aside(photographs.find(data), training.validation)
     task = bars.add_task("reading photographs", total=len(aside) + len(learn), note="")
-    loaded = [photographs.load(each, training, cache, lambda: bars.advance(task)) for each in (learn, aside)]
-    start = None
+    shrinker, start = None, None
+    if isinstance(training.degradation, StoreDegradation) and training.degradation.shrinker:
+        shrinker = loading.load(_weights(training.degradation.shrinker))
+        if shrinker.channels != 3 * training.scale**2 + 4:
+            raise TrainingError(
+                f"{training.degradation.shrinker} does not make pictures {training.scale} times smaller"
+            )
+    loaded = [photographs.load(each, training, cache, lambda: bars.advance(task), shrinker) for each in (learn, aside)]
     if training.start:
-        path = Path(training.start)
-        data_of_start = (path if path.suffix else registry.find(training.start)).read_bytes()
+        data_of_start = _weights(training.start)
         start = loading.read(data_of_start)[1]
         bars.console.print(f"begins with {training.start}, sha256 {hashlib.sha256(data_of_start).hexdigest()[:16]}…")
     enlarger, enlarger_sha256 = None, ""
     if training.enlarger:
-        path = Path(training.enlarger)
-        content = (path if path.suffix else registry.find(training.enlarger)).read_bytes()
+        content = _weights(training.enlarger)
         enlarger, enlarger_sha256 = loading.load(content, device=device), hashlib.sha256(content).hexdigest()
         if enlarger.scale != training.scale or enlarger.spec.architecture == "Shrinker":
             raise TrainingError(f"{training.enlarger} does not enlarge by {training.scale}")
@@ -126,6 +130,11 @@ def _inputs(
         enlarger=enlarger,
         enlarger_sha256=enlarger_sha256,
     )
+
+
+def _weights(name: str) -> bytes:
+    path = Path(name)
+    return (path if path.suffix else registry.find(name)).read_bytes()
 
 
 def _device(name: str) -> torch.device:

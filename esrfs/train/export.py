@@ -53,6 +53,8 @@ def degradation_in_words(training: Training) -> str:
     low, high = degradation.levels
     if training.enlarger:
         return f"{shrunk} for {training.enlarger}, with the noise of AVIF 4:4:4 at levels {low} to {high}"
+    if degradation.shrinker:
+        shrunk += f" (what is coded then through {degradation.shrinker})"
     return (
         f"{shrunk}, {degradation.versions} of {degradation.versions + 1} then through AVIF 4:4:4 as in compaction, at "
         f"levels {low} to {high}"

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from esrfs.compaction import refine
+from esrfs.networks import loading
 from esrfs.train import real_esrgan, store_degradation
 from esrfs.train.settings import RealEsrganDegradation, Stage, Training, TrainingError
 
@@ -73,10 +74,14 @@ def read_rgb(path: Path) -> Pixels:
 
 
 def load(
-    paths: Sequence[Path], training: Training, cache: Path, progress: Callable[[], None] = lambda: None
+    paths: Sequence[Path],
+    training: Training,
+    cache: Path,
+    progress: Callable[[], None] = lambda: None,
+    shrinker: loading.Network | None = None,
 ) -> list[Photograph]:
-    """Read photographs and make their small versions; the same for the same seed. What AVIF makes of a picture is kept
-    in ``cache`` and not made again. ``progress`` is called once for each."""
+    """Read photographs and make their small versions (with the degradation's ``shrinker``); the same for the same
+    seed. What AVIF makes of a picture is kept in ``cache`` and not made again. ``progress`` is called once for each."""
 
     def one(path: Path) -> Photograph:
         scale = training.scale
@@ -89,7 +94,7 @@ def load(
         if not isinstance(training.degradation, RealEsrganDegradation):
             # By the picture's content: the versions of one don't depend on which others are there.
             levels = store_degradation.draw_levels(content, scale, training.degradation, seed=training.seed)
-            small = store_degradation.versions(full, scale, levels, cache)
+            small = store_degradation.versions(full, scale, levels, cache, shrinker)
             noise = tuple(refine.codec_noise(small[0], coded) for coded in small[1:])
         progress()
         return Photograph(content, full, small, levels, noise)

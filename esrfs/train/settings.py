@@ -26,6 +26,8 @@ class StoreDegradation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """AVIF versions of each photograph, beside the clean one: n / (n + 1) of the patches are coded."""
     levels: tuple[int, int] = (24, 58)
     """The planner's levels of quality, drawn evenly from this range, both ends included."""
+    shrinker: str = ""
+    """A shrinker, by name or file, that coded versions go through first, as compaction's do; empty: none."""
 
 
 class RealEsrganDegradation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="real-esrgan"):
@@ -155,5 +157,7 @@ def check(training: Training) -> None:
         raise TrainingError("only a shrinker has an enlarger")
     if isinstance(training.degradation, StoreDegradation):
         low, high = training.degradation.levels
+        if training.architecture == "Shrinker" and training.degradation.shrinker:
+            raise TrainingError("a shrinker learns from pictures that no shrinker has changed")
         if not 0 <= low <= high <= 63 or training.degradation.versions < 0:
             raise TrainingError("levels go from 0 to 63, and versions can't be negative")

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from esrfs.compaction import compactor, planner, shrinking
+from esrfs.networks import loading
 from esrfs.train.settings import StoreDegradation
 
 Pixels = npt.NDArray[np.uint8]
@@ -41,10 +42,19 @@ def draw_levels(content: bytes, scale: int, degradation: StoreDegradation, *, se
     return tuple(int(level) for level in rng.integers(low, high + 1, degradation.versions))
 
 
-def versions(full: Pixels, scale: int, levels: Sequence[int], cache: Path) -> tuple[Pixels, ...]:
-    """The picture made small: clean, then through AVIF at each level."""
+def versions(
+    full: Pixels, scale: int, levels: Sequence[int], cache: Path, shrinker: loading.Network | None = None
+) -> tuple[Pixels, ...]:
+    """The picture made small: clean, then through AVIF at each level, changed by the shrinker before."""
     clean = shrinking.reduced(full, scale) if scale > 1 else full
-    return (clean, *(decode(_coded(clean, level, cache)) for level in levels))
+
+    def coded(level: int) -> Pixels:
+        if shrinker is None:
+            return decode(_coded(clean, level, cache))
+        packed = shrinking.pack(full, clean, scale, shrinking.alike(level))
+        return decode(_coded(shrinker(packed[None])[0], level, cache))
+
+    return (clean, *map(coded, levels))
 
 
 def _coded(small: Pixels, level: int, cache: Path) -> bytes:
