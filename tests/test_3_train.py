@@ -400,6 +400,14 @@ def test_measuring_bytes() -> None:
     curve = [(40.0, 100), (60.0, 400)]
     assert measure.bytes_at(curve, 50) == pytest.approx(200)
     assert measure.bytes_at(curve, 39) is None and measure.bytes_at(curve, 61) is None
+    ours = [(30.0, 40), (50.0, 160), (70.0, 640)]  # four fifths, at each score
+    between = measure.bytes_between(ours, curve, 30, 60)
+    assert between is not None
+    whole, better = between
+    assert whole == pytest.approx(np.log(0.8), abs=0.01)
+    assert better == pytest.approx(whole)
+    assert measure.bytes_between(curve, ours, 40, 60) == (pytest.approx(-whole), 0)
+    assert measure.bytes_between(curve, ours, 59, 80) is None
 
 
 def test_measuring_refined_pictures(folder: Path) -> None:

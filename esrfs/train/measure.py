@@ -27,6 +27,10 @@ from esrfs.networks import loading
 from esrfs.train.photographs import find, read_rgb
 from esrfs.train.store_degradation import Pixels, code, decode
 
+_BANDS = ((30, 60), (40, 50), (50, 60), (60, 70))
+"""Scores over which bytes are compared."""
+_LEAST_SHARED = 2.0
+"""Points of score that two curves must share to be compared."""
 _PLAIN_LEVELS = tuple(range(8, 47, 3))
 """Levels of full-size AVIF, between which the bytes for a score are found."""
 
@@ -93,6 +97,21 @@ def bytes_at(curve: Sequence[tuple[float, int]], score: float) -> float | None:
     return float(np.exp(np.interp(score, scores, [np.log(point[1]) for point in curve])))
 
 
+def bytes_between(
+    test: Sequence[tuple[float, int]], anchor: Sequence[tuple[float, int]], low: float, high: float
+) -> tuple[float, float] | None:
+    """log(bytes / the anchor's bytes), the mean over scores from ``low`` to ``high`` as far as both curves go (as
+    Bjøntegaard's, with straight lines in log bytes); and the same where the smaller of both is taken at each score.
+    None where they share less than two points of score."""
+    low, high = max(low, test[0][0], anchor[0][0]), min(high, test[-1][0], anchor[-1][0])
+    if high - low < _LEAST_SHARED:
+        return None
+    scores = np.linspace(low, high, 30)
+    pairs = [(bytes_at(test, score), bytes_at(anchor, score)) for score in scores]
+    ratios = [float(np.log(ours / theirs)) for ours, theirs in pairs if ours and theirs]
+    return float(np.mean(ratios)), float(np.mean(np.minimum(ratios, 0)))
+
+
 def _divisible(full: Pixels, scale: int) -> Pixels:
     height, width = (size // scale * scale for size in full.shape[:2])
     return np.ascontiguousarray(full[:height, :width])
@@ -124,6 +143,7 @@ def main(  # noqa: PLR0917 (typer calls it by name)
     levels: list[int | None] = [None, *level]
     gains: dict[int | None, list[Gain]] = {step: [] for step in levels}
     ratios: dict[int | None, list[float]] = {step: [] for step in levels}
+    bands: dict[tuple[int, int], list[tuple[float, float]]] = {band: [] for band in _BANDS}
     for path in track(pictures, "measuring", transient=True):
         full = read_rgb(path)
         if crop:
@@ -137,6 +157,11 @@ def main(  # noqa: PLR0917 (typer calls it by name)
             gains[step].append(gain)
             if curve and gain.bytes and (other := bytes_at(curve, gain.score)):
                 ratios[step].append(gain.bytes / other)
+        if curve:
+            ours = sorted((gains[step][-1].score, gains[step][-1].bytes) for step in levels if step is not None)
+            for band, found in bands.items():
+                if (between := bytes_between(ours, curve, *band)) is not None:
+                    found.append(between)
     table = Table(
         *("level", "bicubic", "network", "gain", "SSIMULACRA2", "bytes"),
         *(("bytes against AVIF",) if plain else ()),
@@ -158,6 +183,13 @@ def main(  # noqa: PLR0917 (typer calls it by name)
             row.append(f"{100 * (np.exp(np.mean(np.log(ratios[step]))) - 1):+.1f} % ({len(ratios[step])} pictures)")
         table.add_row(*row)
     Console().print(table)
+    if plain:
+        table = Table("scores", "bytes against AVIF", "the better of both", "pictures smaller")
+        for (low, high), found in bands.items():
+            if found:
+                means = (f"{100 * (np.exp(mean) - 1):+.1f} %" for mean in np.mean(found, axis=0))
+                table.add_row(f"{low} to {high}", *means, f"{sum(one < 0 for one, _ in found)} of {len(found)}")
+        Console().print(table)
 
 
 if __name__ == "__main__":
