@@ -15,7 +15,9 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
+from typer.testing import CliRunner
 
 from esrfs.compaction import compactor, planner, shrinking
 from esrfs.networks import architectures, loading
@@ -408,6 +410,17 @@ def test_measuring_bytes() -> None:
     assert better == pytest.approx(whole)
     assert measure.bytes_between(curve, ours, 40, 60) == (pytest.approx(-whole), 0)
     assert measure.bytes_between(curve, ours, 59, 80) is None
+
+
+def test_the_measuring_command(folder: Path) -> None:
+    app = typer.Typer()
+    app.command()(measure.main)
+    weights = Path(__file__).resolve().parents[1] / "weights" / "lite-x2.safetensors"
+    result = CliRunner().invoke(
+        app, [str(weights), str(folder), "--level", "44", "--level", "30", "--crop", "80", "--plain"]
+    )
+    assert result.exit_code == 0, result.output
+    assert [line.split()[1] for line in result.output.splitlines() if line.startswith("│")][:3] == ["clean", "44", "30"]
 
 
 def test_measuring_refined_pictures(folder: Path) -> None:

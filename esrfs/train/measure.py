@@ -31,6 +31,7 @@ _BANDS = ((30, 60), (40, 50), (50, 60), (60, 70))
 """Scores over which bytes are compared."""
 _LEAST_SHARED = 2.0
 """Points of score that two curves must share to be compared."""
+_LEVELS = (60, 53, 46, 39, 32, 25)
 _PLAIN_LEVELS = tuple(range(8, 47, 3))
 """Levels of full-size AVIF, between which the bytes for a score are found."""
 
@@ -120,14 +121,7 @@ def _divisible(full: Pixels, scale: int) -> Pixels:
 def main(  # noqa: PLR0917 (typer calls it by name)
     weights: Annotated[Path, typer.Argument(metavar="NETWORK", help="A weights file.")],
     folder: Path,
-    level: Annotated[Sequence[int], typer.Option(help="The planner's levels, beside clean.")] = (
-        60,
-        53,
-        46,
-        39,
-        32,
-        25,
-    ),
+    level: Annotated[list[int] | None, typer.Option(help="The planner's levels, beside clean; 60 to 25.")] = None,
     plain: Annotated[bool, typer.Option(help="Compare bytes with plain AVIF, too (slow).")] = False,
     crop: Annotated[int, typer.Option(help="Only the middle, so many pixels wide and high; 0: all of it.")] = 0,
     refined: Annotated[
@@ -140,7 +134,7 @@ def main(  # noqa: PLR0917 (typer calls it by name)
     network = loading.load(weights.read_bytes(), name=weights.stem)
     shrinks = loading.load(shrinker.read_bytes()) if shrinker is not None else None
     pictures = find(folder)
-    levels: list[int | None] = [None, *level]
+    levels: list[int | None] = [None, *(level or _LEVELS)]
     gains: dict[int | None, list[Gain]] = {step: [] for step in levels}
     ratios: dict[int | None, list[float]] = {step: [] for step in levels}
     bands: dict[tuple[int, int], list[tuple[float, float]]] = {band: [] for band in _BANDS}
