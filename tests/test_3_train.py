@@ -412,7 +412,8 @@ def test_measuring_bytes() -> None:
     assert measure.bytes_between(curve, ours, 59, 80) is None
 
 
-def test_the_measuring_command(folder: Path) -> None:
+def test_the_measuring_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
     app = typer.Typer()
     app.command()(measure.main)
     weights = Path(__file__).resolve().parents[1] / "weights" / "lite-x2.safetensors"
