@@ -32,6 +32,7 @@ def list_(
     rows = []
     for listed in registry.listing():
         scale = listed.spec.scale if listed.spec else listed.official.scale if listed.official else None
+        reduction = listed.spec.arguments.get("reduction") if listed.spec else None
         licence = listed.spec.licence if listed.spec else listed.official.licence if listed.official else ""
         rows.append(
             {
@@ -41,6 +42,7 @@ def list_(
                 "path": str(listed.path) if listed.path else None,
                 "bytes": listed.bytes,
                 "scale": scale,
+                "reduction": reduction,
                 "licence": licence,
             }
         )
@@ -52,7 +54,7 @@ def list_(
         [
             [
                 str(row["name"]),
-                f"×{row['scale']}" if row["scale"] else "",
+                f"÷{row['reduction']}" if row["reduction"] else f"×{row['scale']}" if row["scale"] else "",
                 show.size(row["bytes"]) if isinstance(row["bytes"], int) else "",
                 str(row["licence"]),
                 str(row["origin"]),
@@ -132,7 +134,7 @@ def upscale(
     if out.suffix.lower() != ".png":
         raise CommandError(f"{out}: the result is a PNG file; end its name in .png", ExitCode.USAGE)
     try:
-        data = registry.find(network).read_bytes()
+        data = registry.enlarger(network).read_bytes()
     except WeightsError as error:
         raise CommandError(str(error), ExitCode.NETWORK) from error
     source = image.read_bytes()

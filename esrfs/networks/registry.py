@@ -98,14 +98,19 @@ def find(name: str) -> Path:
     raise WeightsError(f"there is no network called {name!r}; esrfs has {', '.join(names())}")
 
 
-def family(name: str) -> dict[str, Path]:
-    """The files of the networks that a policy's ``network`` means, by name: NAME-x1 to NAME-x4 as far as they are here,
-    or else the one called NAME; and the shrinkers made for them. Raises WeightsError when there is none."""
+def enlarger(name: str) -> Path:
+    """As :func:`find`, of a network that enlarges pictures."""
     if name.startswith(SHRINKER):
         enlarges = name.removeprefix(SHRINKER)
         raise WeightsError(f"{name} makes pictures small; name the network that enlarges them, {enlarges}")
+    return find(name)
+
+
+def family(name: str) -> dict[str, Path]:
+    """The files of the networks that a policy's ``network`` means, by name: NAME-x1 to NAME-x4 as far as they are here,
+    or else the one called NAME; and the shrinkers made for them. Raises WeightsError when there is none."""
     found = {member: path for scale in range(1, 5) if (path := _anywhere(member := f"{name}-x{scale}")) is not None}
-    found = found or {name: find(name)}
+    found = found or {name: enlarger(name)}
     shrinkers = {SHRINKER + member: _anywhere(SHRINKER + member) for member in found}
     return found | {member: path for member, path in shrinkers.items() if path is not None}
 

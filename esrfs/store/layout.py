@@ -8,7 +8,7 @@
 ``ledger/``        the record of irreversible steps (``ledger.py``)
 ``originals/``     the undo window (``originals.py``)
 ``blobs/``         blobs whose last name went (``nameless.py``)
-``networks/``      a copy of each network that a recipe names, by sha256
+``networks/``      a copy of each network that a recipe may name, by sha256 (and of the shrinkers made for them)
 ``rules``          the owner's: which files are kept under another policy (``rules.py``); need not exist
 ``compactor``      the compactor's lease (``lease.py``)
 =================  =====================================================================================
