@@ -111,10 +111,10 @@ def test_references_pair_them() -> None:
     ]
 
 
-def test_only_patience_tries_without_it() -> None:
+def test_without_patience_it_is_not_left_out() -> None:
     reference = NetworkRef("b", b"2", 2, ShrinkerRef(b"3", 4, 2))
     sample = compactor._Picture(picture(64, 64))
-    for patience, expected in (("normal", [reference.shrinker]), ("high", [reference.shrinker, None])):
+    for patience, expected in (("low", [reference.shrinker]), ("normal", [reference.shrinker, None])):
         ways = compactor._ways(sample, [reference], compactor.planner.PATIENCE[patience])
         assert [way.shrinker for way in ways if way.scale == 2] == expected
 

@@ -234,8 +234,7 @@ def _ways(picture: _Picture, networks: Sequence[NetworkRef], patience: Patience)
     reductions = [
         _Way(network.scale, chroma, network, shrinker)
         for network in networks
-        # What a shrinker makes takes fewer bytes for most pictures, not for all.
-        for shrinker in dict.fromkeys((network.shrinker, None) if patience.ways > 1 else (network.shrinker,))
+        for shrinker in dict.fromkeys((network.shrinker, None) if patience.both else (network.shrinker,))
     ]
     if picture.gray:
         return [_Way(1, chroma), *reductions]

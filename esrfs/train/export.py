@@ -62,10 +62,11 @@ def degradation_in_words(training: Training) -> str:
 
 
 def loss_in_words(stage: Stage) -> str:
+    if stage.rate:
+        return f"{stage.ssimulacra2:g} ln(100 - SSIMULACRA2) + {stage.rate:g} bits / bits before"
     weights = {
         "L1": stage.l1,
         "(100 - SSIMULACRA2) / 100": stage.ssimulacra2,
-        "bits / bits before": stage.rate,
         "features": stage.features,
         f"relativistic average GAN ({stage.discriminator})": stage.adversarial,
     }

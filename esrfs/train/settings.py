@@ -60,8 +60,8 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ssimulacra2: float = 0.0
     """Weight of (100 - SSIMULACRA2) / 100; patches must be at least 64 pixels wide when enlarged, better 128."""
     rate: float = 0.0
-    """For a shrinker, which learns by this and ``ssimulacra2`` alone: weight of the bits against those of the picture
-    as it was reduced. With n for each 100 points of SSIMULACRA2, 100 · n points are worth as much as all bytes."""
+    """For a shrinker, which learns by this and ``ssimulacra2`` (there the logarithm of what is missing to 100) alone:
+    weight of the bits against those of the picture as it was reduced."""
     features: float = 0.0
     """Weight of the perceptual loss."""
     adversarial: float = 0.0

@@ -82,11 +82,16 @@ def losses(
     noise: Noise,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """``rate``: bits against those of the picture as it was reduced (1: as many); ``ssimulacra2``: (100 - score) /
-    100."""
+    """``rate``: bits against those of the picture as it was reduced (1: as many); ``ssimulacra2``: the natural
+    logarithm of (100 - score) / 100, since a point is dearer the nearer to 100 it is: from AVIF's curves, a per cent of
+    bytes buys about .3 points at a score of 45, and .14 at 75."""
     before = packed[:, -4:-1]
     small: Tensor = model(packed)
     random = torch.randn(before.shape, generator=generator).to(before.device)
     view = enlarge((small + noise.local * random).clamp(0, 1))
     rate = refine.rates(small, noise.whole) / refine.rates(before, noise.whole).clamp(min=_FEWEST_BITS)
-    return {"rate": rate.mean(), "ssimulacra2": (100 - ssimulacra2(full, view)).mean() / 100}
+    return {"rate": rate.mean(), "ssimulacra2": _missing(ssimulacra2(full, view)).log().mean()}
+
+
+def _missing(scores: Tensor) -> Tensor:
+    return (100 - scores).clamp(min=1) / 100
