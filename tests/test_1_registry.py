@@ -214,7 +214,8 @@ def test_a_server_that_is_gone(server: Server, folder: Path) -> None:
 
 def test_a_family_is_its_networks_of_each_scale() -> None:
     assert "lite-x2" in registry.family("lite")
-    assert set(registry.family("lite")) <= {f"lite-x{scale}" for scale in range(1, 5)}
-    assert list(registry.family("lite-x2")) == ["lite-x2"]
+    enlarging = {f"lite-x{scale}" for scale in range(1, 5)}
+    assert set(registry.family("lite")) <= enlarging | {registry.SHRINKER + name for name in enlarging}
+    assert list(registry.family("lite-x2")) == ["lite-x2", "shrink-lite-x2"]
     with pytest.raises(WeightsError, match="no network"):
         registry.family("heavy")

@@ -272,7 +272,7 @@ def test_what_is_not_compacted_is_a_verdict(make: Callable[[], bytes], verdict: 
 
 def test_little_saved_is_not_worth_it() -> None:
     original = encoded(skimage_photo("astronaut"), "JPEG", quality=92)
-    outcome = compact(original, min_saving=0.99)
+    outcome = compact(original, min_saving=0.99, min_saving_lossless=1.0)
     assert outcome.verdict == Verdict.REFUSED
     assert outcome.reason in (Reason.NOT_WORTH_IT, Reason.QUALITY)
 
