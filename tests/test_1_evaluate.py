@@ -282,7 +282,7 @@ def test_results_of_other_code_do_not_count(monkeypatch, tmp_path):
 def test_the_networks_that_are_here_are_all_tried_at_their_scale():
     plan = grid.plan([picture()], grid.Choice(codecs=("jpeg",)))
     found = {grow: each.scale for each in plan.trials for grow, _ in each.grows if grow and grow not in trial.GROWS}
-    listed = {name: grid._network(name).scale for name in grid.registry.names()}
+    listed = {name: grid._network(name).scale for name in grid.registry.enlargers()}
     assert found == listed
     assert "lite-x2" in found
 

@@ -83,7 +83,7 @@ def test_settings_that_contradict_themselves_are_refused_in_words(change: str, m
     [
         ('enlarger = "lite-x2"', "", "say which"),
         ("versions = 2", "versions = 0", "one coded version"),
-        ("rate = 0.3", "", "nothing else"),
+        ("rate = 0.55", "", "nothing else"),
         ("l1 = 0", "l1 = 1", "nothing else"),
         ("patch = 64", "patch = 60", "multiple of 8"),
         ('"Shrinker"', '"RRDBNet"', "only a shrinker"),

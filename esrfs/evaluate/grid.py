@@ -70,7 +70,7 @@ def plan(pictures: Sequence[Picture], choice: Choice) -> Plan:
     _check("scale", choice.scales, SCALES)
     if bad := [quality for quality in choice.qualities if not 1 <= quality <= 100]:
         raise ChoiceError(f"qualities are 1 to 100, not {bad[0]}")
-    names = registry.names() if choice.networks is None else choice.networks
+    names = registry.enlargers() if choice.networks is None else choice.networks
     networks = [_network(name) for name in names]
     left_out = []
     usable = []
@@ -120,7 +120,7 @@ def _check(what: str, given: Sequence[object], known: Collection[object]) -> Non
 
 def _network(name: str) -> _Network:
     try:
-        data = registry.find(name).read_bytes()
+        data = registry.enlarger(name).read_bytes()
         description, _ = loading.read(data, name=name)
     except registry.WeightsError as error:
         raise ChoiceError(str(error)) from error

@@ -88,6 +88,11 @@ def names() -> list[str]:
     return [listed.name for listed in listing() if listed.path is not None]
 
 
+def enlargers() -> list[str]:
+    """Those of them that enlarge pictures."""
+    return [name for name in names() if not name.startswith(SHRINKER)]
+
+
 def find(name: str) -> Path:
     """The file of the network called ``name``. Raises WeightsError, saying what to do, when it is not here."""
     path = _anywhere(name)
