@@ -756,6 +756,7 @@ def test_the_cache_counts_evicts_and_is_commanded(mount: GalleryMount, gallery: 
         calls = mount.status()["engine_calls"]
         assert first + file.read() == views[2]
         assert mount.status()["engine_calls"] == calls
+    until_released(mount)
     assert paths[2].read_bytes() == views[2]
     assert mount.status()["engine_calls"] == calls + 1
 

@@ -482,8 +482,8 @@ def test_who_opens_a_name_that_was_replaced_behind_the_mount_reads_what_is_open(
         new.close()
     finally:
         old.close()
-    wait_until(lambda: not quick.is_open("d/photo.jpg"))
-    assert (quick.path / "d/photo.jpg").read_bytes() == content
+    # The old file's release may come after the new one's, and till then an open joins what is open.
+    wait_until(lambda: (quick.path / "d/photo.jpg").read_bytes() == content)
 
 
 @pytest.mark.parametrize("mapped", [False, True])
