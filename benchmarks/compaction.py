@@ -10,7 +10,6 @@ between two qualities to that very score.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import os
 import time
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks import family
 from benchmarks.machine import describe
 from esrfs import formats
 from esrfs.blob import recipe as recipe_format
@@ -30,7 +30,6 @@ from esrfs.engine import tiles
 from esrfs.engine.lanes import Crossing
 from esrfs.engine.protocol import Lane
 from esrfs.metrics.ssimulacra2 import Reference
-from esrfs.networks import loading, registry
 from esrfs.reconstruction import Pixels
 
 
@@ -44,10 +43,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     policy = Policy(preset=arguments.preset, patience=arguments.patience, network=arguments.network)
-    files = {name: path.read_bytes() for name, path in registry.family(policy.network).items()}
-    networks = {hashlib.sha256(data).digest(): loading.load(data) for data in files.values()}
-    digests = {name: hashlib.sha256(data).digest() for name, data in files.items()}
-    references = compactor.references({name: (digest, networks[digest].spec) for name, digest in digests.items()})
+    references, networks = family.load(policy.network)
+    names = ", ".join(network.spec.name for network in networks.values())
     crew = tiles.Crew(len(os.sched_getaffinity(0)))
     job = Crossing().enter(0, Lane.COMPACTION)
     seconds_in_networks = [0.0]
@@ -58,7 +55,7 @@ def main() -> None:
         seconds_in_networks[0] += time.perf_counter() - start
         return result
 
-    print(f"{describe()}; preset {policy.preset}, patience {policy.patience}, networks {', '.join(files)}\n")
+    print(f"{describe()}; preset {policy.preset}, patience {policy.patience}, networks {names}\n")
     print(
         "| file | MP | bytes | stored | ratio | how | score | worst tile | colour | s | of it networks | one AVIF |",
         end="",

@@ -6,29 +6,26 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 from collections import Counter
 from pathlib import Path
 
+from benchmarks import family
 from esrfs.compaction import compactor
 from esrfs.compaction.compactor import NetworkRef
 from esrfs.compaction.outcome import Outcome, Policy, Reason, Verdict, stored_bytes
 from esrfs.engine import tiles
 from esrfs.formats import kinds
-from esrfs.networks import loading, registry
 from esrfs.reconstruction import Infer, Pixels
 
 
-def _networks(family: str) -> tuple[list[NetworkRef], Infer]:
-    files = {name: path.read_bytes() for name, path in registry.family(family).items()}
-    digests = {name: hashlib.sha256(data).digest() for name, data in files.items()}
-    loaded = {digests[name]: loading.load(data) for name, data in files.items()}
+def _networks(name: str) -> tuple[list[NetworkRef], Infer]:
+    references, networks = family.load(name)
 
     def infer(sha256: bytes, pixels: Pixels) -> Pixels:
-        return tiles.enlarge(loaded[sha256], pixels)
+        return tiles.enlarge(networks[sha256], pixels)
 
-    return compactor.references({name: (digest, loaded[digest].spec) for name, digest in digests.items()}), infer
+    return references, infer
 
 
 def _why(outcome: Outcome) -> str:

@@ -111,6 +111,24 @@ def test_references_pair_them() -> None:
     ]
 
 
+def test_a_shrinker_of_another_scale_is_refused() -> None:
+    enlarges = NetworkSpec(name="b", architecture="SRVGGNetCompact", arguments={"upscale": 4}, scale=4, margin=6)
+    with pytest.raises(ValueError, match="2 times smaller, but b enlarges 4 times"):
+        compactor.references({"b": (b"2", enlarges), "shrink-b": (b"3", shrinker().spec)})
+
+
+def test_names_tell_shrinkers_from_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "user_directory", lambda: tmp_path / "here")
+    path = tmp_path / "it.safetensors"
+    model = architectures.Shrinker(num_feat=8, num_conv=2)
+    path.write_bytes(loading.save(shrinker().spec, model.state_dict()))
+    with pytest.raises(registry.WeightsError, match="name it shrink-NETWORK"):
+        registry.add(path, "own-x2")
+    assert registry.add(path, "shrink-own-x2").exists()
+    with pytest.raises(registry.WeightsError, match="is none; use another name"):
+        registry.add(registry.find("lite-x2"), "shrink-lite-x3")
+
+
 def test_without_patience_it_is_not_left_out() -> None:
     reference = NetworkRef("b", b"2", 2, ShrinkerRef(b"3", 4, 2))
     sample = compactor._Picture(picture(64, 64))

@@ -86,17 +86,24 @@ class NetworkRef:
 
 def references(networks: Mapping[str, tuple[bytes, NetworkSpec]]) -> list[NetworkRef]:
     """Those of ``networks`` (name → sha256 and description) that enlarge, in their order, each with its shrinker if
-    that is among them."""
+    that is among them. Raises ValueError for a shrinker of another scale."""
     shrinkers = {
         name: ShrinkerRef(sha256, spec.margin, int(spec.arguments["reduction"]))
         for name, (sha256, spec) in networks.items()
         if spec.architecture == "Shrinker"
     }
-    return [
+    found = [
         NetworkRef(name, sha256, spec.scale, shrinkers.get(registry.SHRINKER + name))
         for name, (sha256, spec) in networks.items()
         if name not in shrinkers
     ]
+    for network in found:
+        if network.shrinker is not None and network.shrinker.scale != network.scale:
+            raise ValueError(
+                f"{registry.SHRINKER}{network.name} makes pictures {network.shrinker.scale} times smaller, but "
+                f"{network.name} enlarges {network.scale} times; remove or replace it"
+            )
+    return found
 
 
 Refine = Callable[[bytes, Pixels, Pixels, float, float], Refined | None]

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (torch's own convention)
 
+from esrfs.compaction.shrinking import continued
 from esrfs.metrics.differentiable import Original
+from esrfs.networks.spread import Spread, in_turn
 
 Pixels = npt.NDArray[np.uint8]
 Enlarge = Callable[[Tensor], Tensor]
@@ -53,16 +55,6 @@ class Refined:
     """Of the picture that was refined before the time was over: 0 to 1."""
 
 
-Spread = Callable[[list[Callable[[], None]]], None]
-"""Runs all these functions, in any order, in any threads; returns when the last has ended, or raises what one
-raised."""
-
-
-def _in_turn(tasks: list[Callable[[], None]]) -> None:
-    for task in tasks:
-        task()
-
-
 def refine(
     original: Pixels,
     small: Pixels,
@@ -74,7 +66,7 @@ def refine(
     seconds: float = math.inf,
     steps: int = STEPS,
     device: str | torch.device = "cpu",
-    spread: Spread = _in_turn,
+    spread: Spread = in_turn,
     checkpoint: Callable[[], None] = lambda: None,
 ) -> Refined:
     """Refine ``small`` (h×w×3, RGB), which stands for ``original`` (H×W×3; at its lower and right edge up to scale - 1
@@ -87,7 +79,9 @@ def refine(
     shapes don't fit.
     """
     height, width = small.shape[:2]
-    padded = _continued(original, height * scale, width * scale)
+    padded = continued(original, scale)
+    if padded.shape != (height * scale, width * scale, 3):
+        raise ValueError(f"a picture of {original.shape} can't stand for {height * scale} × {width * scale} pixels")
     result = small.copy()
     if min(height, width) < _SMALLEST:
         return Refined(result, 0.0)
@@ -217,13 +211,6 @@ def _tensor(pixels: Pixels, device: str | torch.device) -> Tensor:
         .float()
         .div_(255)
     )
-
-
-def _continued(original: Pixels, height: int, width: int) -> Pixels:
-    below, right = height - original.shape[0], width - original.shape[1]
-    if min(below, right) < 0 or original.ndim != 3 or original.shape[2] != 3:
-        raise ValueError(f"a picture of {original.shape} can't stand for {height} × {width} pixels")
-    return np.pad(original, ((0, below), (0, right), (0, 0)), mode="edge") if below or right else original
 
 
 def _spans(size: int) -> list[tuple[int, int]]:

@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from esrfs.formats.pixels import as_array, as_image
+
 Pixels = npt.NDArray[np.uint8]
 
 _LEVELS_ALIKE = 4
@@ -35,9 +37,9 @@ def reduced(pixels: Pixels, scale: int) -> Pixels:
     """H×W×C → ceil(H / scale) × ceil(W / scale) × C by Pillow's bicubic. A side that ``scale`` doesn't divide is
     continued by its last pixels, so that each small pixel stands for ``scale`` × ``scale`` large ones at its place."""
     whole = continued(pixels, scale)
-    image = Image.fromarray(np.ascontiguousarray(whole[:, :, 0] if whole.shape[2] == 1 else whole))
-    small = image.resize((image.width // scale, image.height // scale), Image.Resampling.BICUBIC)
-    return np.asarray(small).reshape(small.height, small.width, pixels.shape[2])
+    height, width, colours = whole.shape
+    image = as_image(whole, width, height, "L" if colours == 1 else "RGB")
+    return as_array(image.resize((width // scale, height // scale), Image.Resampling.BICUBIC))
 
 
 def continued(pixels: Pixels, scale: int) -> Pixels:

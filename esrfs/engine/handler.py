@@ -73,9 +73,11 @@ class NetworkHandler:
 
     def compact(self, request: protocol.Compact, original: bytes, job: Running) -> Outcome:
         try:
-            networks = compactor.references(
-                {name: (sha256, self._network(sha256).spec) for name, sha256 in request.networks.items()}
-            )
+            specs = {name: (sha256, self._network(sha256).spec) for name, sha256 in request.networks.items()}
+            try:
+                networks = compactor.references(specs)
+            except ValueError as error:
+                raise JobFailedError(str(error)) from error
             return compactor.compact(
                 original,
                 request.policy,

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from esrfs import formats
 from esrfs.engine.lanes import Cancelled, Running
 from esrfs.engine.protocol import Lane
+from esrfs.networks.spread import Spread, in_turn
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -80,17 +81,6 @@ def _spans(length: int, size: int, multiple: int) -> list[tuple[int, int]]:
     count = math.ceil(length / size)
     edges = sorted({min(length, round(i * length / count / multiple) * multiple) for i in range(count)} | {length})
     return list(itertools.pairwise(edges))
-
-
-Spread = Callable[[list[Callable[[], None]]], None]
-"""Runs all these functions, in any order, in any threads; returns when the last has ended, or raises what one
-raised."""
-
-
-def in_turn(tasks: list[Callable[[], None]]) -> None:
-    """The simplest Spread: one after the other, here."""
-    for task in tasks:
-        task()
 
 
 def enlarge(network: Network, pixels: Pixels, spread: Spread = in_turn, size: int = TILE) -> Pixels:

@@ -95,7 +95,11 @@ def plan(pictures: Sequence[Picture], choice: Choice) -> Plan:
                         for quality in _qualities(choice, codec, scale)
                     ]
         if store_network is not None:
-            made_by = f"esrfs {own_version()}, {store_network.name} {store_network.sha256}"
+            # With its shrinker, on which the bytes depend, too.
+            files = registry.family(store_network.name)
+            made_by = f"esrfs {own_version()}, " + ", ".join(
+                f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for name, path in files.items()
+            )
             grows = ((store_network.name, made_by),)
             trials += [Trial(picture, ESRFS, 0, "", preset, grows, choice.measures) for preset in choice.presets]
     return Plan(trials, left_out)

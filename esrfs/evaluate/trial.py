@@ -25,7 +25,7 @@ from esrfs import formats, reconstruction
 from esrfs.blob import container
 from esrfs.blob import recipe as recipe_format
 from esrfs.blob.recipe import JpegXlCoding
-from esrfs.compaction import compactor
+from esrfs.compaction import compactor, shrinking
 from esrfs.compaction.outcome import Policy, Verdict
 from esrfs.engine import tiles
 from esrfs.evaluate import codecs
@@ -123,8 +123,7 @@ def shrunk(pixels: Pixels, scale: int, kernel: str) -> Pixels:
     """ceil(H / scale) × ceil(W / scale) × 3; a side that ``scale`` doesn't divide is continued by its last pixels."""
     if scale == 1:
         return pixels
-    height, width = pixels.shape[:2]
-    padded = np.pad(pixels, ((0, -height % scale), (0, -width % scale), (0, 0)), mode="edge")
+    padded = shrinking.continued(pixels, scale)
     size = (padded.shape[1] // scale, padded.shape[0] // scale)
     return np.asarray(Image.fromarray(padded).resize(size, SHRINKS[kernel]))
 

@@ -45,7 +45,7 @@ def scans(made: bytes, blocks: list[int], units: int, standard: list[bytes], com
     while made[offset + 1] != _SOS:
         end = offset + 2 + int.from_bytes(made[offset + 2 : offset + 4], "big")
         if made[offset + 1] == _DHT:
-            tables |= _tables(made[offset + 4 : end])
+            tables |= huffman_tables(made[offset + 4 : end])
         offset = end
     first = offset + 2 + int.from_bytes(made[offset + 2 : offset + 4], "big")
     last = _next_marker(made, first)
@@ -57,7 +57,7 @@ def scans(made: bytes, blocks: list[int], units: int, standard: list[bytes], com
     return recoded + _renumbered(made, last, components)
 
 
-def _tables(payload: bytes) -> dict[int, bytes]:
+def huffman_tables(payload: bytes) -> dict[int, bytes]:
     """The tables of a DHT segment, by class and number."""
     tables = {}
     offset = 0

@@ -23,6 +23,7 @@ from esrfs.formats import jpeg_parse
 from esrfs.formats.jpeg import HUFFMAN_COLOUR, HUFFMAN_GRAY, natural, room_for_all
 from esrfs.formats.jpeg_decode import intact_pixels
 from esrfs.formats.jpeg_parse import DHT, DQT, DRI, Segment
+from esrfs.formats.jpeg_progressive import huffman_tables
 from esrfs.formats.tiff_parse import Structure
 from esrfs.formats.view import Pixels, Unsupported
 
@@ -62,7 +63,7 @@ def has_standard_tables(structure: Structure) -> bool:
     tables: dict[int, bytes] = {}
     for segment in _shared(structure.tables):
         if segment.marker == DHT:
-            tables |= _huffman_tables(segment.payload)
+            tables |= huffman_tables(segment.payload)
     wanted = {kind << 4: HUFFMAN_GRAY[where] for kind, where in _FROM_TABLE_CLASS.items()}
     if structure.ycbcr:
         wanted |= {kind << 4 | 1: HUFFMAN_COLOUR[where] for kind, where in _FROM_TABLE_CLASS.items()}
@@ -177,17 +178,6 @@ def _shared(tables: bytes) -> Iterator[Segment]:
             raise _broken("its JPEG tables are damaged")
         yield Segment(tables[offset + 1], tables[offset:following], tables[offset + 4 : following])
         offset = following
-
-
-def _huffman_tables(payload: bytes) -> dict[int, bytes]:
-    """By class (4 bits) and number (4 bits)."""
-    tables = {}
-    offset = 0
-    while offset < len(payload):
-        end = offset + 17 + sum(payload[offset + 1 : offset + 17])
-        tables[payload[offset]] = payload[offset + 1 : end]
-        offset = end
-    return tables
 
 
 def _ours(work: Callable[P, T], *given: P.args, **named: P.kwargs) -> T:

@@ -167,6 +167,13 @@ def add(path: Path, name: str = "") -> Path:
         raise WeightsError(f"{name!r} can't name a network: use letters, digits, dot, dash and underscore")
     if name in official():
         raise WeightsError(f"{name} is the name of official weights; use another name, or `esrfs weights pull {name}`")
+    shrinks = (described := read_spec(path)) is not None and described.architecture == "Shrinker"
+    if shrinks != name.startswith(SHRINKER):
+        raise WeightsError(
+            f"{path} makes pictures small; name it {SHRINKER}NETWORK, after the network that it was made for"
+            if shrinks
+            else f"{name!r} would be a network that makes pictures small, and {path} is none; use another name"
+        )
     target = user_directory() / (name + path.suffix.lower())
     for taken in filter(None, (_file(shipped_directory(), name), _file(user_directory(), name))):
         if taken == target and _sha256(taken) == _sha256(path):
