@@ -16,15 +16,17 @@ import numpy as np
 import pytest
 import torch
 import typer
-from PIL import Image
+from PIL import Image, ImageFilter
 from typer.testing import CliRunner
 
 from esrfs.compaction import compactor, planner, shrinking
+from esrfs.evaluate.measures import Original
 from esrfs.networks import architectures, loading
 from esrfs.networks.spec import NetworkSpec
 from esrfs.train import curves, features, log, loop, measure, photographs, store_degradation
 from esrfs.train.photographs import Pixels
 from esrfs.train.settings import RealEsrganDegradation, Stage, StoreDegradation, Training, TrainingError
+from tests.conftest import photograph
 
 FIDELITY = Stage(name="tiny-x2", steps=14, batch=2, patch=16, warm_up=5)
 TUNED = Stage(name="tiny-x2", steps=4, batch=1, patch=32, warm_up=2, ssimulacra2=0.1)
@@ -418,10 +420,37 @@ def test_the_measuring_command(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     app.command()(measure.main)
     weights = Path(__file__).resolve().parents[1] / "weights" / "lite-x2.safetensors"
     result = CliRunner().invoke(
-        app, [str(weights), str(folder), "--level", "44", "--level", "30", "--crop", "80", "--plain"]
+        app, [str(weights), str(folder), "--level=44", "--level=37", "--level=30", "--crop=80", "--plain"]
     )
     assert result.exit_code == 0, result.output
-    assert [line.split()[1] for line in result.output.splitlines() if line.startswith("│")][:3] == ["clean", "44", "30"]
+    rows = [line.split()[1] for line in result.output.splitlines() if line.startswith("│")]
+    assert rows[:4] == ["clean", "44", "37", "30"]
+    assert rows[-2:] == ["SSIMULACRA2", "Y-PSNR"], "80 pixels are too few for MS-SSIM"
+
+
+def test_rates_by_other_measures() -> None:
+    """Half the bytes at every value, by whichever measure; none where a measure says nothing."""
+    points = [(30.0, 28.0, 9.0, 100), (50.0, 31.0, 14.0, 200), (70.0, 36.0, 20.0, 500)]
+    anchor, half = (
+        [measure.Version(score=a, psnr=b, ms_ssim=c, bytes=size // share) for a, b, c, size in points]
+        for share in (1, 2)
+    )
+    for field in ("score", "psnr", "ms_ssim"):
+        assert measure.bd_rate(anchor, half, field) == pytest.approx(-50)
+    small = [msgspec.structs.replace(version, ms_ssim=None) for version in half]
+    assert measure.bd_rate(anchor, small, "ms_ssim") is None
+
+
+def test_structure_in_decibels() -> None:
+    full = np.asarray(photograph("chelsea"))
+    structure = measure.structure_of(full)
+    softer = [np.asarray(Image.fromarray(full).filter(ImageFilter.GaussianBlur(radius))) for radius in (0.5, 1)]
+    whole, fine, coarse = map(structure, (full, *softer))
+    assert whole is not None and fine is not None and coarse is not None
+    assert whole == 60 and 60 > fine > coarse > 0
+    score = Original(full).measure(softer[1], ["ms_ssim"])["ms_ssim"]
+    assert score == pytest.approx(1 - 10 ** (-coarse / 10))
+    assert measure.structure_of(full[:100])(full[:100]) is None
 
 
 def test_measuring_refined_pictures(folder: Path) -> None:
@@ -440,6 +469,6 @@ def test_the_shipped_lite_network_beats_bicubic(kodak: list[Path]) -> None:
         full = np.asarray(Image.open(path).convert("RGB"))
         for level, values in gains.items():
             gain = measure.measure(network, full, level)
-            values.append(gain.network - gain.bicubic)
+            values.append(gain.psnr - gain.bicubic)
     assert np.mean(gains[None]) > 1.0
     assert np.mean(gains[51]) > 1.0

@@ -30,17 +30,21 @@ Curve = Sequence[tuple[float, float]]
 
 
 def curve(results: Iterable[Result], measure: str) -> list[tuple[float, float]]:
-    """Of one picture stored in one way: the points that are worth their bytes."""
-    points = [
-        (float(result.bytes), value)
+    """Of one picture stored in one way."""
+    return rising(
+        (result.bytes, value)
         for result in results
         if result.bytes is not None and (value := result.measures.get(measure)) is not None
-    ]
-    rising: list[tuple[float, float]] = []
+    )
+
+
+def rising(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those of (bytes, value) that are worth their bytes: both rise strictly."""
+    kept: list[tuple[float, float]] = []
     for size, value in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not rising or (size > rising[-1][0] and value > rising[-1][1]):
-            rising.append((size, value))
-    return rising
+        if not kept or (size > kept[-1][0] and value > kept[-1][1]):
+            kept.append((float(size), value))
+    return kept
 
 
 def bd_rate(anchor: Curve, test: Curve) -> float | None:

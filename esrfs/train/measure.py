@@ -2,12 +2,15 @@
 AVIF, by the planner's level of quality.
 
 Pictures are shrunk and coded as the store does it (nothing is cropped but what the scale doesn't divide), and enlarged
-whole; borders count.
+whole; borders count. Comparing bytes (``--plain``) needs the extra ``report``: MS-SSIM, and Bjøntegaard's rates. What
+counts is SSIMULACRA2, as in the gate; the others stand beside it, since a network may please one measure only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +24,8 @@ from rich.progress import track
 from rich.table import Table
 
 from esrfs.compaction import refine, shrinking
+from esrfs.evaluate import requirements
+from esrfs.exit_codes import ExitCode
 from esrfs.metrics.fidelity import y_psnr
 from esrfs.metrics.ssimulacra2 import Reference
 from esrfs.networks import loading
@@ -36,14 +41,30 @@ _PLAIN_LEVELS = tuple(range(8, 47, 3))
 """Levels of full-size AVIF, between which the bytes for a score are found."""
 
 
-class Gain(msgspec.Struct, frozen=True):
-    """Y-PSNR against the original, dB; what the network makes of a picture in SSIMULACRA2; bytes of the small one (0:
-    not coded)."""
+class Version(msgspec.Struct, frozen=True, kw_only=True):
+    """What a picture that was coded is worth, against the original."""
+
+    psnr: float
+    """Of luma, dB."""
+    score: float
+    """SSIMULACRA2."""
+    ms_ssim: float | None
+    """dB; None: not asked for, or the picture is too small for it."""
+    bytes: int
+    """0: not coded."""
+
+
+class Gain(Version, frozen=True, kw_only=True):
+    """What the network makes of a small picture."""
 
     bicubic: float
-    network: float
-    score: float
-    bytes: int
+    """What bicubic makes of it, as ``psnr``."""
+
+
+_RATES = {"SSIMULACRA2": "score", "Y-PSNR": "psnr", "MS-SSIM": "ms_ssim"}
+"""What bytes are compared at equal values of, the first before all."""
+
+Structure = Callable[[Pixels], float | None]
 
 
 def measure(
@@ -54,10 +75,12 @@ def measure(
     *,
     refined: bool = False,
     shrinker: loading.Network | None = None,
+    structure: Structure | None = None,
 ) -> Gain:
     """Shrink ``full`` (H×W×3), send it through AVIF at one of the planner's levels (None: clean), enlarge it by bicubic
     and by the network. ``reference`` is of ``full``, if the scale divides its sides and it is at hand already;
-    ``refined``: the small picture is refined before it is coded; ``shrinker``: changes it before that."""
+    ``refined``: the small picture is refined before it is coded; ``shrinker``: changes it before that; ``structure``:
+    see ``structure_of``."""
     full = _divisible(full, network.scale)
     height, width = full.shape[:2]
     small = shrinking.reduced(full, network.scale)
@@ -72,8 +95,13 @@ def measure(
         small, size = decode(avif), len(avif)
     bicubic = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
     view = network(small[None])[0]
-    score = (reference or Reference(full)).compare(view).score
-    return Gain(y_psnr(full, bicubic), y_psnr(full, view), score, size)
+    return Gain(
+        bicubic=y_psnr(full, bicubic),
+        psnr=y_psnr(full, view),
+        score=(reference or Reference(full)).compare(view).score,
+        ms_ssim=structure(view) if structure is not None else None,
+        bytes=size,
+    )
 
 
 def _refined(network: loading.Network, full: Pixels, small: Pixels, decoded: Pixels) -> Pixels:
@@ -84,10 +112,43 @@ def _refined(network: loading.Network, full: Pixels, small: Pixels, decoded: Pix
     return done.small
 
 
-def plain_avif(full: Pixels, reference: Reference) -> list[tuple[float, int]]:
-    """(SSIMULACRA2, bytes) of full-size AVIF as compaction encodes it at scale 1, by rising score."""
-    coded = [code(full, level) for level in _PLAIN_LEVELS]
-    return sorted((reference.compare(decode(avif)).score, len(avif)) for avif in coded)
+def structure_of(full: Pixels) -> Structure:
+    """What tells MS-SSIM of versions of ``full``, as -10·log10(1 - MS-SSIM): values near 1 are far apart in dB, and a
+    curve bends less. Needs the extra ``report``."""
+    from esrfs.evaluate.measures import Original  # noqa: PLC0415 (an optional dependency)
+
+    original = Original(full)
+
+    def structure(version: Pixels) -> float | None:
+        found = original.measure(version, ["ms_ssim"])["ms_ssim"]
+        return None if found is None else -10 * math.log10(max(1 - found, 1e-6))
+
+    return structure
+
+
+def plain_avif(full: Pixels, reference: Reference, structure: Structure) -> list[Version]:
+    """Full-size AVIF as compaction encodes it at scale 1, by rising level."""
+
+    def version(level: int) -> Version:
+        avif = code(full, level)
+        view = decode(avif)
+        return Version(
+            psnr=y_psnr(full, view), score=reference.compare(view).score, ms_ssim=structure(view), bytes=len(avif)
+        )
+
+    return [version(level) for level in _PLAIN_LEVELS]
+
+
+def bd_rate(anchor: Iterable[Version], test: Iterable[Version], measure: str) -> float | None:
+    """Bjøntegaard's, over all that both curves reach (``evaluate.curves``), percent; None where that is too little.
+    ``measure``: a field of ``Version``. Needs the extra ``report``."""
+    from esrfs.evaluate import curves  # noqa: PLC0415 (an optional dependency)
+
+    def curve(versions: Iterable[Version]) -> curves.Curve:
+        points = ((each.bytes, getattr(each, measure)) for each in versions)
+        return curves.rising((size, value) for size, value in points if value is not None)
+
+    return curves.bd_rate(curve(anchor), curve(test))
 
 
 def bytes_at(curve: Sequence[tuple[float, int]], score: float) -> float | None:
@@ -131,6 +192,8 @@ def main(  # noqa: PLR0917 (typer calls it by name)
     threads: int = 1,
 ) -> None:
     torch.set_num_threads(threads)
+    if plain:
+        requirements.check()
     network = loading.load(weights.read_bytes(), name=weights.stem)
     shrinks = loading.load(shrinker.read_bytes()) if shrinker is not None else None
     pictures = find(folder)
@@ -138,6 +201,7 @@ def main(  # noqa: PLR0917 (typer calls it by name)
     gains: dict[int | None, list[Gain]] = {step: [] for step in levels}
     ratios: dict[int | None, list[float]] = {step: [] for step in levels}
     bands: dict[tuple[int, int], list[tuple[float, float]]] = {band: [] for band in _BANDS}
+    rates: dict[str, list[float | None]] = {label: [] for label in _RATES}
     for path in track(pictures, "measuring", transient=True):
         full = read_rgb(path)
         if crop:
@@ -145,34 +209,49 @@ def main(  # noqa: PLR0917 (typer calls it by name)
             full = full[top : top + crop, left : left + crop]
         full = _divisible(full, network.scale)
         reference = Reference(full)
-        curve = plain_avif(full, reference) if plain else []
+        structure = structure_of(full) if plain else None
         for step in levels:
-            gain = measure(network, full, step, reference, refined=refined, shrinker=shrinks)
-            gains[step].append(gain)
-            if curve and gain.bytes and (other := bytes_at(curve, gain.score)):
+            gains[step].append(
+                measure(network, full, step, reference, refined=refined, shrinker=shrinks, structure=structure)
+            )
+        if structure is None:
+            continue
+        others = plain_avif(full, reference, structure)
+        curve = sorted((each.score, each.bytes) for each in others)
+        coded = [gains[step][-1] for step in levels if step is not None]
+        for step in levels:
+            gain = gains[step][-1]
+            if gain.bytes and (other := bytes_at(curve, gain.score)):
                 ratios[step].append(gain.bytes / other)
-        if curve:
-            ours = sorted((gains[step][-1].score, gains[step][-1].bytes) for step in levels if step is not None)
-            for band, found in bands.items():
-                if (between := bytes_between(ours, curve, *band)) is not None:
-                    found.append(between)
+        ours = sorted((gain.score, gain.bytes) for gain in coded)
+        for band, found in bands.items():
+            if (between := bytes_between(ours, curve, *band)) is not None:
+                found.append(between)
+        for label, field in _RATES.items():
+            rates[label].append(bd_rate(others, coded, field))
     table = Table(
-        *("level", "bicubic", "network", "gain", "SSIMULACRA2", "bytes"),
+        *("level", "bicubic", "network", "gain", "SSIMULACRA2"),
+        *(("MS-SSIM",) if plain else ()),
+        "bytes",
         *(("bytes against AVIF",) if plain else ()),
-        title=f"{network.spec.name}, {len(pictures)} pictures; dB of luma",
+        title=f"{network.spec.name}, {len(pictures)} pictures; Y-PSNR, dB",
     )
     for step in levels:
         bicubic, enlarged, score, size = (
             float(np.mean([getattr(gain, name) for gain in gains[step]]))
-            for name in ("bicubic", "network", "score", "bytes")
+            for name in ("bicubic", "psnr", "score", "bytes")
         )
         row = [
             "clean" if step is None else str(step),
             f"{bicubic:.2f}",
             f"{enlarged:.2f}",
             f"{enlarged - bicubic:+.2f}",
+            f"{score:.2f}",
         ]
-        row += [f"{score:.2f}", f"{size:,.0f}" if size else ""]
+        if plain:
+            structures = [gain.ms_ssim for gain in gains[step] if gain.ms_ssim is not None]
+            row.append(f"{np.mean(structures):.2f}" if structures else "")
+        row.append(f"{size:,.0f}" if size else "")
         if plain and ratios[step]:
             row.append(f"{100 * (np.exp(np.mean(np.log(ratios[step]))) - 1):+.1f} % ({len(ratios[step])} pictures)")
         table.add_row(*row)
@@ -184,7 +263,18 @@ def main(  # noqa: PLR0917 (typer calls it by name)
                 means = (f"{100 * (np.exp(mean) - 1):+.1f} %" for mean in np.mean(found, axis=0))
                 table.add_row(f"{low} to {high}", *means, f"{sum(one < 0 for one, _ in found)} of {len(found)}")
         Console().print(table)
+        table = Table("at equal", "bytes against AVIF", "pictures smaller", title="BD-rate, over all that both reach")
+        for label, every in rates.items():
+            known = [rate for rate in every if rate is not None]
+            if known:
+                smaller = f"{sum(rate < 0 for rate in known)} of {len(known)}"
+                table.add_row(label, f"{np.mean(known):+.1f} %", smaller)
+        Console().print(table)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except (requirements.MissingError, ValueError, OSError) as error:
+        sys.stderr.write(f"measure: {error}\n")
+        sys.exit(ExitCode.FAILED)
