@@ -69,6 +69,7 @@ def test_settings_are_read() -> None:
         ('adversarial = 0.1\ndiscriminator = "vgg"', "128 pixels"),
         ("patch = 50\nadversarial = 0.1", "multiple of 8"),
         ("l1 = 0.0", "no loss that ties"),
+        ("average = 1.0", "never learn"),
         ("steps = ", "line"),
     ],
 )
@@ -76,6 +77,12 @@ def test_settings_that_contradict_themselves_are_refused_in_words(change: str, m
     text = TEXT.replace("steps = 10", change if "steps" in change else f"steps = 10\n{change}")
     with pytest.raises(TrainingError, match=message):
         settings.parse(text)
+
+
+@pytest.mark.parametrize("change", ["validation = -1", "validate_every = 0", "save_every = 0", "log_every = 0"])
+def test_what_a_training_can_not_do_every_0_steps_is_refused(change: str) -> None:
+    with pytest.raises(TrainingError, match="must be positive"):
+        settings.parse(change + TEXT)
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,8 @@ def _entry(state: _State, **fields: Any) -> log.Entry:
 
 
 def _means(losses: list[dict[str, float]]) -> dict[str, float]:
-    return {name: float(np.mean([each[name] for each in losses if name in each])) for name in losses[-1]}
+    """Of steps of one stage."""
+    return {name: float(np.mean([each[name] for each in losses])) for name in losses[-1]}
 
 
 @contextlib.contextmanager
@@ -299,9 +300,9 @@ def _step(
             group["lr"] = rate
     if state.critic is not None:
         state.critic.requires_grad_(False)
+    rebuilt: Tensor | None = None
     terms: dict[str, Tensor] = {}
     """By the names of their weights in the stage."""
-    rebuilt = full
     if enlarger is not None:
         generator = torch.Generator().manual_seed(training.seed * 1_000_003 + state.total)
         noise = shrinking.noise(batch, device)
@@ -314,19 +315,19 @@ def _step(
             terms["l1"] = F.l1_loss(rebuilt, full)
         if stage.ssimulacra2:
             terms["ssimulacra2"] = (100 - ssimulacra2(full, rebuilt)).mean() / 100
-    if stage.features:
-        assert perceptual is not None
-        with _precision(training, device):
-            terms["features"] = perceptual(rebuilt, full).float()
-    if state.critic is not None:
-        with _precision(training, device):
-            real, fake = state.critic(full), state.critic(rebuilt)
-        terms["adversarial"] = discriminators.relativistic(fake.float(), real.float())
+        if stage.features:
+            assert perceptual is not None
+            with _precision(training, device):
+                terms["features"] = perceptual(rebuilt, full).float()
+        if state.critic is not None:
+            with _precision(training, device):
+                real, fake = state.critic(full), state.critic(rebuilt)
+            terms["adversarial"] = discriminators.relativistic(fake.float(), real.float())
     total = torch.stack([getattr(stage, name) * term for name, term in terms.items()]).sum()
     state.optimizer.zero_grad(set_to_none=True)
     total.backward()  # type: ignore[no-untyped-call]
     state.optimizer.step()
-    if state.critic is not None and state.critic_optimizer is not None:
+    if rebuilt is not None and state.critic is not None and state.critic_optimizer is not None:
         state.critic.requires_grad_(True)
         with _precision(training, device):
             real, fake = state.critic(full), state.critic(rebuilt.detach())

@@ -107,24 +107,57 @@ def smallest_side(photographs: Sequence[Photograph]) -> int:
     return min(int(side) for photograph in photographs for side in photograph.full.shape[:2])
 
 
+class Patch(msgspec.Struct, frozen=True):
+    """A place in a photograph, small pixels, and how it is turned."""
+
+    photograph: Photograph
+    version: int
+    """Which of its small ones."""
+    top: int
+    left: int
+    side: int
+    turn: int
+    mirror: bool
+
+    def of(self, pixels: Pixels, scale: int = 1) -> Pixels:
+        """Cut out of a picture that is ``scale`` times as large as the small one."""
+        top, left, side = self.top * scale, self.left * scale, self.side * scale
+        return turned(pixels[top : top + side, left : left + side], self.turn, self.mirror)
+
+
+def draw_patch(
+    photographs: Sequence[Photograph],
+    training: Training,
+    stage: Stage,
+    rng: np.random.Generator,
+    *,
+    first: int = 0,
+    grid: int = 1,
+) -> Patch:
+    """A random one, of a random version from ``first`` on, at a multiple of ``grid``. What is drawn in which order is
+    part of what makes a training repeatable."""
+    photograph = photographs[int(rng.integers(len(photographs)))]
+    version = int(rng.integers(first, max(first + 1, len(photograph.small))))
+    top, left = (
+        int(rng.integers((side // training.scale - stage.patch) // grid + 1)) * grid
+        for side in photograph.full.shape[:2]
+    )
+    turn, mirror = int(rng.integers(4)), bool(rng.integers(2))
+    return Patch(photograph, version, top, left, stage.patch, turn, mirror)
+
+
 def draw_batch(photographs: Sequence[Photograph], training: Training, stage: Stage, rng: np.random.Generator) -> Batch:
     """Random patches of random photographs, flipped and turned, and what the degradation makes of them."""
     scale, patch = training.scale, stage.patch
-    size = patch * scale
     small = np.empty((stage.batch, patch, patch, 3), np.uint8)
-    full = np.empty((stage.batch, size, size, 3), np.uint8)
+    full = np.empty((stage.batch, patch * scale, patch * scale, 3), np.uint8)
     for index in range(stage.batch):
-        photograph = photographs[int(rng.integers(len(photographs)))]
-        height, width = photograph.full.shape[0] // scale, photograph.full.shape[1] // scale
-        version = int(rng.integers(max(1, len(photograph.small))))
-        top, left = int(rng.integers(height - patch + 1)), int(rng.integers(width - patch + 1))
-        turn, mirror = int(rng.integers(4)), bool(rng.integers(2))
-        cut = photograph.full[top * scale : top * scale + size, left * scale : left * scale + size]
-        full[index] = turned(cut, turn, mirror)
+        drawn = draw_patch(photographs, training, stage, rng)
+        full[index] = drawn.of(drawn.photograph.full, scale)
         if isinstance(training.degradation, RealEsrganDegradation):
             small[index] = real_esrgan.degrade(full[index], scale, training.degradation.second_order, rng)
         else:
-            small[index] = turned(photograph.small[version][top : top + patch, left : left + patch], turn, mirror)
+            small[index] = drawn.of(drawn.photograph.small[drawn.version])
     return Batch(small, full)
 
 

@@ -129,10 +129,14 @@ def check(training: Training) -> None:
         raise TrainingError(f"the scale must be 1, 2, 3 or 4, not {scale}")
     if not training.stages:
         raise TrainingError("there is no stage")
+    if training.validation < 0 or min(training.validate_every, training.save_every, training.log_every) <= 0:
+        raise TrainingError("validation can't be negative; validate_every, save_every and log_every must be positive")
     for stage in training.stages:
         edge = stage.patch * scale
         if min(stage.steps, stage.batch, stage.patch, stage.average, stage.learning_rate) <= 0:
             raise TrainingError(f"stage {stage.name}: steps, batch, patch, average and learning rate must be positive")
+        if stage.average >= 1:
+            raise TrainingError(f"stage {stage.name}: an average of {stage.average:g} would never learn; below 1")
         if stage.ssimulacra2 and edge < 64:
             raise TrainingError(f"stage {stage.name}: SSIMULACRA2 needs patches of 64 pixels or more, not {edge}")
         if stage.adversarial and stage.discriminator == "vgg" and edge != 128:

@@ -18,15 +18,15 @@ from torch.nn import functional as F  # noqa: N812 (torch's own convention)
 
 from esrfs.compaction import refine, shrinking
 from esrfs.metrics.differentiable import ssimulacra2
-from esrfs.train.photographs import Batch, Photograph, turned
+from esrfs.train.photographs import Batch, Photograph, draw_patch
 from esrfs.train.settings import Stage, Training
 
 _AROUND = 8
 """Pixels in each direction over which the codec's noise is averaged."""
 _FAINTEST = 0.25
 """Shades: rounding alone."""
-
-
+_BLOCK = 8
+"""Pixels: patches begin where the codec's blocks begin."""
 _FEWEST_BITS = 0.05
 """For each coefficient: black patches take none at all, and would outweigh all others."""
 
@@ -43,25 +43,16 @@ class Noise(msgspec.Struct, frozen=True):
 def draw_batch(photographs: Sequence[Photograph], training: Training, stage: Stage, rng: np.random.Generator) -> Batch:
     """Random patches, flipped and turned: ``small`` is what a shrinker takes, ``error`` the codec's in the same
     place."""
-    scale, patch = training.scale, stage.patch
     smalls, fulls, errors, sigmas = [], [], [], []
     for _ in range(stage.batch):
-        photograph = photographs[int(rng.integers(len(photographs)))]
-        version = int(rng.integers(1, len(photograph.small)))
-        clean, coded = photograph.small[0], photograph.small[version]
-        height, width = clean.shape[:2]
-        # Where the codec's blocks begin.
-        top, left = (int(rng.integers((size - patch) // 8 + 1)) * 8 for size in (height, width))
-        turn, mirror = int(rng.integers(4)), bool(rng.integers(2))
-        place = (slice(top, top + patch), slice(left, left + patch))
-        full = turned(
-            photograph.full[top * scale : (top + patch) * scale, left * scale : (left + patch) * scale], turn, mirror
-        )
-        small = turned(clean[place], turn, mirror)
-        smalls.append(shrinking.pack(full, small, scale, photograph.levels[version - 1]))
+        drawn = draw_patch(photographs, training, stage, rng, first=1, grid=_BLOCK)
+        photograph, coded = drawn.photograph, drawn.version - 1
+        full = drawn.of(photograph.full, training.scale)
+        small = drawn.of(photograph.small[0])
+        smalls.append(shrinking.pack(full, small, training.scale, photograph.levels[coded]))
         fulls.append(full)
-        errors.append(turned(coded[place], turn, mirror).astype(np.float32) - small)
-        sigmas.append(max(photograph.noise[version - 1], _FAINTEST))
+        errors.append(drawn.of(photograph.small[drawn.version]).astype(np.float32) - small)
+        sigmas.append(max(photograph.noise[coded], _FAINTEST))
     return Batch(np.stack(smalls), np.stack(fulls), np.stack(errors), np.array(sigmas, np.float32))
 
 
