@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import sqlite3
@@ -315,9 +316,25 @@ def test_conditions_pause_and_stop_ends_the_wait(monkeypatch: pytest.MonkeyPatch
     assert "outside the hours" in closed.blocked()
 
 
-def test_holes_are_hashed_as_zeros(tmp_path: Path) -> None:
-    import hashlib  # noqa: PLC0415
+@pytest.mark.parametrize("compared", [64 << 20, 1000], ids=["by bytes", "by sum"])
+def test_a_copy_is_told_from_what_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compared: int) -> None:
+    monkeypatch.setattr(copying, "_COMPARED", compared)
+    monkeypatch.setattr(copying, "_CHUNK", 4096)  # so that these files take several reads
+    for size in (0, 1, 4095, 4096, 4097, 8192, 10_000):
+        content = os.urandom(size)
+        sha256 = hashlib.sha256(content).digest()
+        candidates = {"same": content, "more": content + b"x"}
+        if size:
+            candidates |= {"less": content[:-1], "spoilt": content[:-1] + bytes([content[-1] ^ 1])}
+        for name, found in candidates.items():
+            (tmp_path / "source").write_bytes(content)
+            (tmp_path / "copy").write_bytes(found)
+            with open(tmp_path / "source", "rb") as source, open(tmp_path / "copy", "rb") as copy:
+                told = copying.is_copy(source.fileno(), copy.fileno(), size, sha256)
+            assert told is (name == "same"), (name, size)
 
+
+def test_holes_are_hashed_as_zeros(tmp_path: Path) -> None:
     content = bytes(3_000_000) + b"data" + bytes(2_000_000)
     with open(tmp_path / "holes", "wb") as file:
         file.seek(3_000_000)

@@ -116,13 +116,14 @@ class Copies:
     def settle(self, work: Work) -> None:
         """The part file is durable, and its pages were dropped: read it back, and give it its name."""
         st = work.found.st
-        if copying.digest(work.copy, st.st_size) != work.row.sha256:
+        is_copy = copying.is_copy(work.source, work.copy, st.st_size, work.row.sha256)
+        if not _unchanged(work, os.fstat(work.source)):
+            raise copying.Changed
+        if not is_copy:
             raise copying.NotTheSame(
                 "the copy was read back with other bytes than were written, and was removed; the source is "
                 "untouched. The destination's disk or the machine's memory may be failing"
             )
-        if not _unchanged(work, os.fstat(work.source)):
-            raise copying.Changed
         if not self._place(work, st):
             return
         work.state, work.row.verified_by = "copied", "read back"

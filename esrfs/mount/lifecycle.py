@@ -61,6 +61,9 @@ _LAST_CLOSE_SECONDS = 3.0
 _SWITCH_SECONDS = 0.0005
 """Callbacks last some 20 microseconds: Python's 5 ms would have four readers wait for each other (measured: a tenth
 to a quarter more small files on 4 threads; `python -m benchmarks.small_files`)."""
+_IDLE_THREADS = 10
+"""The kernel gives requests to idle threads in turn: many of them take each other's place in the caches (measured with
+64: a sixth less files in a migration; `python -m benchmarks.migration`)."""
 _LOG_BYTES = 4 << 20
 _LOOKED_AT = 256
 """Entries of the view's root among which a file to read is looked for, before the mount calls itself ready."""
@@ -421,7 +424,7 @@ class Mount:
             "subtype": "esrfs",
             "default_permissions": True,
             "max_threads": str(self._options.threads),
-            "max_idle_threads": str(min(64, self._options.threads)),
+            "max_idle_threads": str(min(_IDLE_THREADS, self._options.threads)),
         }
         try:
             Adapter(
