@@ -38,6 +38,8 @@ NEW_SHARE = 0.25
 """Of the size limit, for views that were asked for once."""
 PROMOTE_AFTER_SECONDS = 30.0
 """A second request within this time is the same program still at work, no sign that the view is wanted again."""
+_MOST_VERIFIED = 100_000
+"""Then all are checked once more: a mount lives for months, and what was evicted is still remembered as checked."""
 
 _TROUBLE_WITH_THE_DISK = (
     sqlite3.SQLITE_FULL,
@@ -165,15 +167,27 @@ class ViewCache:
                         log.warning("view cache: the copy of %s was damaged and is dropped; it will be rebuilt", key)
                         segment.delete(key)
                         return None
-                    self._verified.add(key)
+                    self._note_verified(key)
                 descriptor = os.dup(reader.fileno())
             if segment is self._new and self._is_wanted_again(key):
                 self._promote(key, descriptor, digest)
             return Hit(descriptor, digest)
         return None
 
+    def _note_verified(self, key: str) -> None:
+        if len(self._verified) >= _MOST_VERIFIED:
+            self._verified.clear()
+        self._verified.add(key)
+
+    def _note_stored(self, key: str) -> None:
+        now = time.monotonic()
+        self._stored_at.pop(key, None)  # the order is that of time
+        while self._stored_at and now - next(iter(self._stored_at.values())) > PROMOTE_AFTER_SECONDS:
+            del self._stored_at[next(iter(self._stored_at))]
+        self._stored_at[key] = now
+
     def _is_wanted_again(self, key: str) -> bool:
-        """A view stored before this process started has no entry, so its next use promotes it."""
+        """A view stored long ago, or before this process started, has no entry, so its next use promotes it."""
         return time.monotonic() - self._stored_at.get(key, float("-inf")) > PROMOTE_AFTER_SECONDS
 
     def _promote(self, key: str, descriptor: int, digest: str) -> None:
@@ -206,8 +220,8 @@ class ViewCache:
             return None
         faults.reach("cache.put")
         self._new.set(key, view, read=True, tag=digest)
-        self._stored_at[key] = time.monotonic()
-        self._verified.add(key)
+        self._note_stored(key)
+        self._note_verified(key)
         with self._new.get(key, read=True) as reader:
             return Hit(os.dup(reader.fileno()), digest)
 

@@ -77,6 +77,19 @@ def test_a_scan_does_not_flush_what_was_read_twice(cache: ViewCache, monkeypatch
     assert holds(cache, wanted)
 
 
+def test_what_the_cache_remembers_of_its_views_does_not_grow_for_ever(
+    cache: ViewCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mount lives for months, and reads more views than its cache holds."""
+    monkeypatch.setattr(cache_module, "PROMOTE_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(cache_module, "_MOST_VERIFIED", 5)
+    for seed in range(12):
+        os.close(cache.put(*view(seed)).descriptor)
+        assert len(cache._stored_at) <= 2
+        assert len(cache._verified) <= 5
+    assert all(holds(cache, view(seed)[0]) for seed in range(9, 12)), "what is forgotten is checked again, and found"
+
+
 def test_a_view_larger_than_the_cache_is_served_from_memory(cache: ViewCache) -> None:
     key, data = view(3, 3_000_000)
     assert read(cache.put(key, data).descriptor) == data
