@@ -24,7 +24,7 @@ from msgspec import structs
 from esrfs import faults
 from esrfs.blob import container
 from esrfs.blob import recipe as recipe_format
-from esrfs.store import ledger, linux, metadata, originals, recovery, staging, swap
+from esrfs.store import ledger, linux, metadata, originals, plain, recovery, staging, swap
 from esrfs.store.errors import StoreError
 from esrfs.store.identity import Identity
 from esrfs.store.initialise import init
@@ -95,7 +95,7 @@ class Place:
     def materialise(self, view: bytes = VIEW, path: str | None = "sub/photo.jpg", file: Path | None = None) -> bytes:
         blob_fd = os.open(file or self.file, os.O_RDONLY)
         try:
-            fd = swap.materialise(self.store, path, blob_fd, lambda fd: write_all(fd, view))
+            fd = plain.materialise(self.store, path, blob_fd, lambda fd: write_all(fd, view))
             try:
                 return os.pread(fd, 1 << 24, 0)
             finally:
@@ -209,7 +209,7 @@ def test_restore_brings_the_original_back_with_the_present_metadata(place):
     place.put_blob()
     place.file.chmod(0o600)
     os.utime(place.file, ns=(MTIME + 5, MTIME + 5))
-    os.close(swap.restore(place.store, "sub/photo.jpg"))
+    os.close(plain.restore(place.store, "sub/photo.jpg"))
     st = os.stat(place.file)
     assert place.file.read_bytes() == ORIGINAL
     assert (st.st_mode & 0o777, st.st_mtime_ns) == (0o600, MTIME + 5)
@@ -219,14 +219,14 @@ def test_restore_brings_the_original_back_with_the_present_metadata(place):
 
 def test_restore_refuses_what_it_can_not_do(place):
     with pytest.raises(StoreError, match="not compacted"):
-        swap.restore(place.store, "sub/photo.jpg")
+        plain.restore(place.store, "sub/photo.jpg")
     with pytest.raises(StoreError, match="no such file"):
-        swap.restore(place.store, "sub/other.jpg")
+        plain.restore(place.store, "sub/other.jpg")
     place.put_blob()
     for name in os.listdir(place.root / RESERVED / "originals"):
         os.unlink(place.root / RESERVED / "originals" / name)
     with pytest.raises(StoreError, match="undo window"):
-        swap.restore(place.store, "sub/photo.jpg")
+        plain.restore(place.store, "sub/photo.jpg")
     assert place.file.read_bytes() == place.blob
 
 
@@ -238,7 +238,7 @@ def test_restore_does_not_bring_back_a_damaged_original(place, expect_log):
     path.write_bytes(ORIGINAL[:-1] + b"X")
     os.utime(path, ns=(st.st_atime_ns, st.st_mtime_ns))
     with pytest.raises(StoreError, match="undo window"):
-        swap.restore(place.store, "sub/photo.jpg")
+        plain.restore(place.store, "sub/photo.jpg")
 
 
 # ---- reasons not to
@@ -326,7 +326,7 @@ def test_a_user_without_privileges_can_compact_own_files_only(place, expect_log)
                 assert mine.materialise(ORIGINAL) == ORIGINAL
                 os.utime(mine.file, ns=(MTIME, MTIME))
                 mine.put_blob()
-                os.close(swap.restore(store, "sub/photo.jpg"))
+                os.close(plain.restore(store, "sub/photo.jpg"))
                 status = 0
         finally:
             os._exit(status)
@@ -339,7 +339,7 @@ def test_a_user_without_privileges_can_compact_own_files_only(place, expect_log)
 
 WORKER = """
 import hashlib, os, sys
-from esrfs.store import swap
+from esrfs.store import plain, swap
 from esrfs.store.identity import Identity
 from esrfs.store.layout import open_store
 what, root, path, data = sys.argv[1:]
@@ -352,12 +352,12 @@ with open_store(root) as store:
         result = swap.swap_in(store, path, fd, identity, data, digest, lease_ok=lambda: True, interrupted=lambda: False)
         assert result.status == "done", result
     elif what == "restore":
-        swap.restore(store, path)
+        plain.restore(store, path)
     else:
         def write_view(view):
             for offset in range(0, len(data), 65536):
                 os.pwrite(view, data[offset:offset + 65536], offset)
-        swap.materialise(store, path if what == "plain" else None, fd, write_view)
+        plain.materialise(store, path if what == "plain" else None, fd, write_view)
 """
 
 
@@ -851,7 +851,7 @@ def test_materialise_of_a_deleted_file_gives_a_file_without_name(place):
     place.put_blob()
     blob_fd = os.open(place.file, os.O_RDONLY)
     place.file.unlink()
-    fd = swap.materialise(place.store, "sub/photo.jpg", blob_fd, lambda fd: write_all(fd, VIEW))
+    fd = plain.materialise(place.store, "sub/photo.jpg", blob_fd, lambda fd: write_all(fd, VIEW))
     assert os.pread(fd, 1 << 24, 0) == VIEW
     assert os.fstat(fd).st_nlink == 0
     os.close(fd)
@@ -867,7 +867,7 @@ def test_a_shorter_view_in_place_leaves_nothing_of_the_blob(place):
 
 
 @pytest.mark.parametrize("what", ["plain", "in_place", "restore"])
-@pytest.mark.parametrize("point", [*swap.PLAIN_FAULT_POINTS, "plain.in_place.chunk"])
+@pytest.mark.parametrize("point", [*plain.FAULT_POINTS, "plain.in_place.chunk"])
 def test_a_crash_while_materialising_leaves_blob_or_view(place, what, point):
     if what == "in_place":
         if point == "plain.exchanged":
@@ -884,8 +884,8 @@ def test_a_crash_while_materialising_leaves_blob_or_view(place, what, point):
     after = ORIGINAL if what == "restore" else VIEW
     content = place.file.read_bytes()
     assert content in (place.blob, after)
-    late = swap.PLAIN_FAULT_POINTS.index("plain.exchanged")
-    if point in swap.PLAIN_FAULT_POINTS[late:]:
+    late = plain.FAULT_POINTS.index("plain.exchanged")
+    if point in plain.FAULT_POINTS[late:]:
         assert content == after
     assert metadata_of(place.file) == before
     if what == "in_place":
@@ -915,7 +915,7 @@ def test_recovery_never_overwrites_another_file_that_got_the_inode_number(either
         assert path.read_bytes() == NEWER
 
 
-@pytest.mark.parametrize("point", swap.PLAIN_FAULT_POINTS)
+@pytest.mark.parametrize("point", plain.FAULT_POINTS)
 @pytest.mark.parametrize("deed", ["replace", "delete", "chmod", "rename", "rename parent", "link"])
 def test_the_newer_truth_wins_over_materialising(place, at_point, point, deed):
     place.put_blob()
@@ -944,7 +944,7 @@ def test_the_newer_truth_wins_over_materialising(place, at_point, point, deed):
 
 
 @pytest.mark.parametrize("path", ["sub/photo.jpg", None])
-@pytest.mark.parametrize("point", [*swap.PLAIN_FAULT_POINTS[:-2], "plain.in_place.chunk", "ledger.append"])
+@pytest.mark.parametrize("point", [*plain.FAULT_POINTS[:-2], "plain.in_place.chunk", "ledger.append"])
 def test_a_full_disk_while_materialising_leaves_the_blob(place, at_point, point, path):
     place.put_blob()
     before = metadata_of(place.file)
@@ -974,7 +974,7 @@ def test_a_view_that_can_not_be_written_leaves_the_blob(place):
         raise OSError(errno.ENOSPC, "no space")
 
     with pytest.raises(OSError, match="no space"):
-        swap.materialise(place.store, "sub/photo.jpg", blob_fd, write_view)
+        plain.materialise(place.store, "sub/photo.jpg", blob_fd, write_view)
     os.close(blob_fd)
     assert place.file.read_bytes() == place.blob
     assert place.staged() == []
@@ -990,9 +990,9 @@ def test_no_descriptor_is_left_open(place):
     place.file.write_bytes(ORIGINAL)
     os.utime(place.file, ns=(MTIME, MTIME))
     place.put_blob()
-    os.close(swap.restore(place.store, "sub/photo.jpg"))
+    os.close(plain.restore(place.store, "sub/photo.jpg"))
     recovery.recover(place.store)
     with pytest.raises(StoreError):
-        swap.restore(place.store, "nothing")
+        plain.restore(place.store, "nothing")
     assert count() == before
     assert staging.entries(place.store) == []

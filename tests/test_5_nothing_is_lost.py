@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import pytest
 
-from esrfs.store import recovery, swap
+from esrfs.store import plain, recovery, swap
 from tests.asking import Asking
 from tests.witness import MODE, MTIME, QuickMounted, digest, paused_at, photo, put, wait_until
 
@@ -92,7 +92,7 @@ def test_the_mount_is_killed_while_it_compacts_without_exchange(quick: QuickMoun
 TO_PLAIN_POINTS = [
     (point, links)
     for links in (1, 2)
-    for point in swap.PLAIN_FAULT_POINTS
+    for point in plain.FAULT_POINTS
     if point != ("plain.in_place" if links == 1 else "plain.exchanged")
 ]
 
@@ -346,7 +346,7 @@ def test_the_store_s_disk_fails_while_it_compacts(quick: QuickMounted, point: st
 @pytest.mark.parametrize(
     ("point", "error"),
     mostly_slow(
-        [(point, error) for point in swap.PLAIN_FAULT_POINTS[:5] for error in ("ENOSPC", "EDQUOT", "EIO")],
+        [(point, error) for point in plain.FAULT_POINTS[:5] for error in ("ENOSPC", "EDQUOT", "EIO")],
         [("plain.written", "EDQUOT"), ("plain.intended", "ENOSPC"), ("plain.exchanged", "EIO")],
     ),
 )

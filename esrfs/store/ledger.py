@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import secrets
 import threading
@@ -29,6 +30,8 @@ import msgspec
 
 from esrfs import faults
 from esrfs.store import linux
+
+_log = logging.getLogger(__name__)
 
 SETTLED = "settled"
 DAYS = "days"
@@ -266,6 +269,14 @@ class Ledger:
                 self._pending.add(record.job)
             elif isinstance(record, Done | Undone):
                 self._pending.discard(record.job)
+
+    def append_end(self, record: Done | Undone) -> None:
+        """Write ``record`` if that can be had. If not the step stays pending, and recovery sees from the files that it
+        had ended."""
+        try:
+            self.append(record)
+        except OSError as error:
+            _log.warning("the ledger %s takes no record: %s", self.name, error)
 
     @property
     def failure(self) -> OSError | None:

@@ -24,7 +24,7 @@ from esrfs.store.beneath import beneath, open_parent
 from esrfs.store.exchange import TakenBack
 from esrfs.store.layout import RESERVED, Store
 from esrfs.store.ledger import Done, FileMark, Found, Intent, ToPlain, Undone
-from esrfs.store.swap import copy_over
+from esrfs.store.plain import copy_over
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 

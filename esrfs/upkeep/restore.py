@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from esrfs.blob.recipe import Recipe
-from esrfs.store import swap
+from esrfs.store import plain
 from esrfs.store.beneath import beneath
 from esrfs.store.catalog import Catalog, Entry
 from esrfs.store.errors import Problem, StoreError
@@ -114,7 +114,7 @@ def _restore(store: Store, path: str, claims: Claims, choice: _Choice) -> int:
             with claims.barrier(claim):
                 if claim.interrupted:
                     raise in_use
-                return swap.restore(store, path, choice)
+                return plain.restore(store, path, choice)
         finally:
             claims.end(claim)
     finally:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from esrfs.cache import ViewCache
 from esrfs.engine.client import Engine
 from esrfs.engine.protocol import Lane
-from esrfs.store import linux, swap
+from esrfs.store import linux, plain
 from esrfs.store.beneath import beneath
 from esrfs.store.examine import examine, is_damaged, may_be_blob, recipe_of
 from esrfs.store.identity import Identity
@@ -706,13 +706,14 @@ class Filesystem:
                     _copy(content.descriptor.number, descriptor)
 
             self._nameless.copy(handle.descriptor, view.recipe.reference)
-            plain = swap.materialise(self.store, None if file.removed else file.path, handle.descriptor, write_view)
+            path = None if file.removed else file.path
+            descriptor = plain.materialise(self.store, path, handle.descriptor, write_view)
             try:
-                st = os.fstat(plain)
+                st = os.fstat(descriptor)
                 for each in list(file.handles):
-                    os.dup2(plain, each.descriptor, inheritable=False)
+                    os.dup2(descriptor, each.descriptor, inheritable=False)
             finally:
-                os.close(plain)
+                os.close(descriptor)
             self.handles.rekey(file, (st.st_dev, st.st_ino))
             file.view = None
 
