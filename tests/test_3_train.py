@@ -23,7 +23,7 @@ from esrfs.compaction import compactor, planner, shrinking
 from esrfs.evaluate.measures import Original
 from esrfs.networks import architectures, loading
 from esrfs.networks.spec import NetworkSpec
-from esrfs.train import curves, features, log, loop, measure, photographs, store_degradation
+from esrfs.train import curves, discriminators, features, log, loop, measure, photographs, store_degradation
 from esrfs.train.photographs import Pixels
 from esrfs.train.settings import RealEsrganDegradation, Stage, StoreDegradation, Training, TrainingError
 from tests.conftest import photograph
@@ -162,6 +162,23 @@ def test_the_same_seed_gives_the_same_network(make_inputs: Callable[[Training], 
     assert (texture.spec.name, texture.spec.training["steps"]) == ("tiny-x2-texture", 22)
     assert "AVIF" in fidelity.spec.degradation
     assert "unet" in str(texture.spec.training["loss"])
+
+
+def test_a_discriminator_that_sees_gray_asks_for_no_colour(
+    make_inputs: Callable[[Training], loop.Inputs], tmp_path: Path
+) -> None:
+    """What it wants changed, it wants changed alike in red, green and blue."""
+    gray = msgspec.structs.replace(ADVERSARIAL, discriminator_sees="gray")
+    pictures = torch.rand(2, 3, 16, 16, requires_grad=True)
+    critic = discriminators.build("unet", 4)
+    critic(loop._seen(gray, pictures)).sum().backward()
+    assert pictures.grad is not None and pictures.grad.abs().max() > 0
+    assert torch.allclose(pictures.grad, pictures.grad.mean(1, keepdim=True).expand_as(pictures))
+    training = msgspec.structs.replace(TRAINING, stages=[gray], validation=0)
+    colour = msgspec.structs.replace(training, stages=[ADVERSARIAL])
+    losses = [loop.train(each, make_inputs(each), tmp_path / str(i)) for i, each in enumerate((training, colour))]
+    assert losses[0][0]["l1"] == losses[1][0]["l1"] and losses[0] != losses[1]
+    assert "unet, gray" in (tmp_path / "0" / "tiny-x2-texture.md").read_text()
 
 
 def test_resumed_is_the_same_as_uninterrupted(make_inputs: Callable[[Training], loop.Inputs], tmp_path: Path) -> None:

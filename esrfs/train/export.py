@@ -64,11 +64,12 @@ def degradation_in_words(training: Training) -> str:
 def loss_in_words(stage: Stage) -> str:
     if stage.rate:
         return f"{stage.ssimulacra2:g} ln(100 - SSIMULACRA2) + {stage.rate:g} bits / bits before"
+    gray = ", gray" if stage.discriminator_sees == "gray" else ""
     weights = {
         "L1": stage.l1,
         "(100 - SSIMULACRA2) / 100": stage.ssimulacra2,
         "features": stage.features,
-        f"relativistic average GAN ({stage.discriminator})": stage.adversarial,
+        f"relativistic average GAN ({stage.discriminator}{gray})": stage.adversarial,
     }
     return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items() if weight)
 

@@ -321,7 +321,7 @@ def _step(
                 terms["features"] = perceptual(rebuilt, full).float()
         if state.critic is not None:
             with _precision(training, device):
-                real, fake = state.critic(full), state.critic(rebuilt)
+                real, fake = state.critic(_seen(stage, full)), state.critic(_seen(stage, rebuilt))
             terms["adversarial"] = discriminators.relativistic(fake.float(), real.float())
     total = torch.stack([getattr(stage, name) * term for name, term in terms.items()]).sum()
     state.optimizer.zero_grad(set_to_none=True)
@@ -330,7 +330,7 @@ def _step(
     if rebuilt is not None and state.critic is not None and state.critic_optimizer is not None:
         state.critic.requires_grad_(True)
         with _precision(training, device):
-            real, fake = state.critic(full), state.critic(rebuilt.detach())
+            real, fake = state.critic(_seen(stage, full)), state.critic(_seen(stage, rebuilt.detach()))
         terms["critic"] = discriminators.relativistic(real.float(), fake.float())
         state.critic_optimizer.zero_grad(set_to_none=True)
         terms["critic"].backward()  # type: ignore[no-untyped-call]
@@ -349,6 +349,11 @@ def _step(
             "checkpoint with a lower learning rate"
         )
     return losses
+
+
+def _seen(stage: Stage, pictures: Tensor) -> Tensor:
+    """What the discriminator is shown. The plain mean: luma's weights would put texture into green first."""
+    return pictures if stage.discriminator_sees == "colour" else pictures.mean(1, keepdim=True).expand_as(pictures)
 
 
 def _precision(training: Training, device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -69,6 +69,9 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     discriminator: Literal["unet", "vgg"] = "unet"
     """Real-ESRGAN's, which judges each pixel, or ESRGAN's, which judges patches (128 pixels wide when enlarged)."""
     discriminator_width: int = 64
+    discriminator_sees: Literal["colour", "gray"] = "colour"
+    """``gray``: the mean of red, green and blue, so that brightness gets texture and colour follows the photograph.
+    Small networks that are judged in colour make patterns of green and magenta pixels."""
 
 
 class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
