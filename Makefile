@@ -6,7 +6,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 PHOTOS ?=
-BENCHMARKS ?= small_files views migration
+BENCHMARKS ?= small_files views networks migration
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
