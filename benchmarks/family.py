@@ -6,7 +6,9 @@ import hashlib
 
 from esrfs.compaction import compactor
 from esrfs.compaction.compactor import NetworkRef
+from esrfs.engine import tiles
 from esrfs.networks import loading, registry
+from esrfs.reconstruction import Infer, Pixels
 
 
 def load(name: str) -> tuple[list[NetworkRef], dict[bytes, loading.Network]]:
@@ -19,3 +21,13 @@ def load(name: str) -> tuple[list[NetworkRef], dict[bytes, loading.Network]]:
         networks[sha256] = loading.load(data)
         specs[member] = (sha256, networks[sha256].spec)
     return compactor.references(specs), networks
+
+
+def ready(name: str) -> tuple[list[NetworkRef], Infer]:
+    """What compaction takes."""
+    references, networks = load(name)
+
+    def infer(sha256: bytes, pixels: Pixels) -> Pixels:
+        return tiles.enlarge(networks[sha256], pixels)
+
+    return references, infer

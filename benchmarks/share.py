@@ -12,20 +12,8 @@ from pathlib import Path
 
 from benchmarks import family
 from esrfs.compaction import compactor
-from esrfs.compaction.compactor import NetworkRef
 from esrfs.compaction.outcome import Outcome, Policy, Reason, Verdict, stored_bytes
-from esrfs.engine import tiles
 from esrfs.formats import kinds
-from esrfs.reconstruction import Infer, Pixels
-
-
-def _networks(name: str) -> tuple[list[NetworkRef], Infer]:
-    references, networks = family.load(name)
-
-    def infer(sha256: bytes, pixels: Pixels) -> Pixels:
-        return tiles.enlarge(networks[sha256], pixels)
-
-    return references, infer
 
 
 def _why(outcome: Outcome) -> str:
@@ -50,7 +38,7 @@ def main() -> None:
     parser.add_argument("--largest", type=float, default=4.0, help="MiB; larger files are left out")
     arguments = parser.parse_args()
     policy = Policy(preset=arguments.preset)
-    networks, infer = _networks(policy.network)
+    networks, infer = family.ready(policy.network)
     for folder in arguments.folders:
         counts: Counter[tuple[str, str]] = Counter()
         before: Counter[str] = Counter()

@@ -229,6 +229,54 @@ def test_shared_pictures(pattern: str) -> None:
         assert outcome.message
 
 
+def plain_avif(image: Image.Image, quality: int, reference: gate.Reference) -> tuple[float, int]:
+    """Score and bytes, with the same speed and tuning as compaction has."""
+    avif = compactor.encode_avif(image, quality)
+    with Image.open(io.BytesIO(avif)) as coded:
+        return reference.compare(np.asarray(coded)).score, len(avif)
+
+
+def test_no_larger_than_plain_avif_at_the_same_score() -> None:
+    """DESIGN 5. Water and rock: a network can make it of half the size, with more bytes than AVIF takes at full size.
+    What a fast encoder says of both hides that."""
+    path = SHARED / "eval" / "kodak24" / "13.png"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    with Image.open(path) as whole:
+        image = whole.convert("RGB").crop((0, 0, 512, 512))
+    files = {name: file.read_bytes() for name, file in registry.family("lite").items()}  # the network and its shrinker
+    loaded = {hashlib.sha256(data).digest(): loading.load(data) for data in files.values()}
+    named = {name: hashlib.sha256(data).digest() for name, data in files.items()}
+    networks = compactor.references({name: (sha256, loaded[sha256].spec) for name, sha256 in named.items()})
+    assert networks[0].shrinker is not None
+    outcome = compactor.compact(
+        encoded(image, "PNG"),
+        Policy(preset="balanced"),
+        networks,
+        lambda sha256, pixels: tiles.enlarge(loaded[sha256], pixels),
+    )
+    assert outcome.score is not None
+    assert recipe_format.decode(outcome.recipe).scale == 1
+    reference = gate.Reference(np.asarray(image))
+    points = [plain_avif(image, quality, reference) for quality in range(41, 54, 3)]
+    scores = [score for score, _ in points]
+    assert scores[0] < outcome.score < scores[-1]
+    plain = np.exp(np.interp(outcome.score, scores, [np.log(size) for _, size in points]))
+    assert len(outcome.avif) < 1.015 * plain
+
+
+def test_colours_of_a_dull_picture_pass_faithful() -> None:
+    """They come back half a shade of chroma off from AVIF's encoder, which is too much where there is little of it."""
+    path = SHARED / "eval" / "kodak24" / "10.png"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    with Image.open(path) as whole:
+        original = encoded(whole.convert("RGB").crop((0, 200, 400, 600)), "PNG")
+    outcome = compact(original, "faithful")
+    assert outcome.verdict == Verdict.COMPACTED, outcome.message
+    assert check_blob(original, outcome, "faithful").scores.colour < 0.6
+
+
 def test_same_bytes_in_another_process(tmp_path: Path) -> None:
     original = PICTURES["jpeg 4:2:0"]()
     (tmp_path / "original").write_bytes(original)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 
 import msgspec
 import numpy as np
@@ -28,7 +29,7 @@ from esrfs.blob import recipe as recipe_format
 from esrfs.blob.carried import Carried
 from esrfs.blob.recipe import Coding, Recipe, Scores
 from esrfs.blob.reference import reference
-from esrfs.compaction import gate, lossless, mosaic, planner, shrinking
+from esrfs.compaction import chroma, gate, lossless, mosaic, planner, shrinking
 from esrfs.compaction import outcome as outcome_format
 from esrfs.compaction.outcome import LOSSLESS, Outcome, Policy, Reason, Verdict
 from esrfs.compaction.planner import Curve, Patience, Trial
@@ -57,13 +58,25 @@ _HIGHER_WHEN_SMALL = 12
 """By so many levels more must a small picture be encoded, as the network enlarges the codec's noise with it."""
 _FAST = 8
 """libaom's speed for the mosaic."""
-_FAST_SCORES_LESS = 0.6
-"""Points, on average, at one level, than what is kept scores."""
+_FAST_SCORES_LESS, _LESS_BY_LEVEL, _LESS_FROM = 1.2, 0.09, 28
+"""Points, on average, at one level, than what is kept scores; the less the higher the level."""
+_LIKE_WHEN_SMALL = 16
+"""So many levels lower, at full resolution, is what a small picture's level is like in this."""
+_EXPLORED = 6
+"""libaom's speed, at most, for pictures that are their own mosaic: how much a slower one saves differs between ways by
+more than they do."""
 _ENCODER_THREADS = 8
 _WORST_OF_MOSAIC = 2.5
 """Points by which a picture's worst tile scores less than its mosaic's, on average."""
 _SMALL = 2_000_000
 """Pixels up to which another pass costs little, whatever the patience."""
+_WAYS_OF_SMALL, _ALIKE = 2, 1.03
+"""So many ways are carried out for them, those that take at most so much more than the best, as the trials tell."""
+_TINY = 1_000_000
+"""Pixels up to which the encoder is tried in another tuning, too. A recipe weighs 1 to 3 % of such a picture's blob."""
+_OTHER_TUNING = {"sharpness": "5"}
+"""libaom's options beside those of ``tune=ssimulacra2`` (7). It takes 1 % fewer bytes at the same score for about as
+many pictures as it takes 1 % more."""
 _REFINED_MORE, _REFINED_SIZE = 4.0, 0.75
 """What refinement gives at best: points where a small picture scores highest, and a share of its bytes."""
 _MOSAIC_SECONDS = 0.25
@@ -120,6 +133,8 @@ class _Way:
     network: NetworkRef | None = None
     shrinker: ShrinkerRef | None = None
     refined: bool = False
+    tuned: bool = False
+    """With _OTHER_TUNING."""
 
 
 @dataclass
@@ -277,15 +292,21 @@ class _Compaction:
     best_score: float | None = None
     hopes: dict[_Way, float] = field(default_factory=dict)
     """Points by which what shrinks would pass if the codec lost nothing, as far as a mosaic tells."""
+    encoded: dict[tuple[_Way, int, int], bytes] = field(default_factory=dict)
+    """By way, level and speed, of small pictures: what was encoded to explore need not be encoded again."""
 
     def run(self, ways: list[_Way]) -> Outcome:
         patience = planner.PATIENCE[self.policy.patience]
         allowed = (1 - self.policy.min_saving) * len(self.original)
-        done: list[Outcome] = []
+        done: list[tuple[float, Outcome]] = []
         objections: list[tuple[Reason, str]] = []
-        sample = _Picture(mosaic.mosaic(self.picture.pixels), self.threads)
+        some = mosaic.mosaic(self.picture.pixels)
+        sample = self.picture if some is self.picture.pixels else _Picture(some, self.threads)
         promising = self._promising(sample, ways, allowed)
+        wanted = max(patience.ways, _WAYS_OF_SMALL) if self._pixels < _SMALL and patience.both else patience.ways
         for way, curve in promising:
+            if len(done) >= patience.ways and curve.size > _ALIKE * promising[0][1].size:
+                break
             try:
                 outcome = self._carry_out(way, curve, patience, allowed)
             except (formats.DoesNotFit, ReconstructionError) as error:
@@ -295,10 +316,11 @@ class _Compaction:
                 assert outcome.reason is not None
                 objections.append((outcome.reason, outcome.message))
                 continue
-            done.append(outcome)
-            if len(done) == patience.ways:
+            assert outcome.score is not None
+            done.append((curve.weight(_stored(outcome), outcome.score - self.wanted.whole), outcome))
+            if len(done) == wanted:
                 break
-        best = min(done, key=_stored, default=None)
+        best = min(done, key=lambda each: each[0])[1] if done else None
         best = self._refined(sample, promising, best, patience, allowed) or best
         if best is not None:
             return best
@@ -335,22 +357,47 @@ class _Compaction:
     def _try(self, sample: _Picture, way: _Way, level: int) -> Trial:
         """One level on the mosaic."""
         self.checkpoint()
-        avif = encode_avif(sample.small(way, level, self.infer), planner.quality(level), way.subsampling, _FAST)
+        avif = self._encode(sample, way, level, self._speed(sample))
         rebuilt = self._rebuild(sample, way, avif)
-        return Trial(level, self._headroom(sample, rebuilt), len(avif))
+        headroom = self._headroom(sample, rebuilt)
+        if self._speed(sample) > planner.PATIENCE[self.policy.patience].speed:
+            like = level - (_LIKE_WHEN_SMALL if way.scale > 1 else 0)
+            less = _FAST_SCORES_LESS - _LESS_BY_LEVEL * (like - _LESS_FROM)
+            headroom += min(max(less, 0), _FAST_SCORES_LESS)
+        return Trial(level, headroom, len(avif))
+
+    def _speed(self, sample: _Picture) -> int:
+        """With which the mosaic is encoded."""
+        return max(planner.PATIENCE[self.policy.patience].speed, _EXPLORED if sample is self.picture else _FAST)
+
+    def _encode(self, picture: _Picture, way: _Way, level: int, speed: int) -> bytes:
+        key = way, level, speed
+        if picture is self.picture and key in self.encoded:
+            return self.encoded[key]
+        avif = encode_avif(
+            picture.small(way, level, self.infer),
+            planner.quality(level),
+            way.subsampling,
+            speed,
+            lift=way.network is None,
+            tuning=_OTHER_TUNING if way.tuned else {},
+        )
+        if picture is self.picture and self._pixels < _SMALL:
+            self.encoded[key] = avif
+        return avif
 
     def _headroom(self, sample: _Picture, rebuilt: Pixels) -> float:
         self.checkpoint()
         viewed = np.ascontiguousarray(formats.recoded(self.split, rebuilt))
         scores = gate.measure(sample.reference, sample.pixels, viewed)
         self._note(scores)
-        if sample.pixels is not self.picture.pixels:
+        if sample is not self.picture:
             scores = msgspec.structs.replace(scores, worst_tile=scores.worst_tile - _WORST_OF_MOSAIC)
-        return gate.headroom(scores, self.wanted) + _FAST_SCORES_LESS
+        return gate.headroom(scores, self.wanted)
 
     def _carry_out(self, way: _Way, curve: Curve, patience: Patience, allowed: float) -> Outcome:
         """The smallest blob of the whole picture, or why there is none. Raises DoesNotFit, ReconstructionError."""
-        if self.picture.pixels.shape[0] * self.picture.pixels.shape[1] < _SMALL:
+        if self._pixels < _SMALL:
             patience = replace(patience, content=min(patience.content, 1.0))
         best: list[_Result] = []
 
@@ -366,7 +413,29 @@ class _Compaction:
         (result,) = best
         if problem := gate.objection(result.scores, self.wanted):
             return _refused(Reason.QUALITY, f"rebuilt, {problem}", self.split, self.best_score)
+        if self._pixels < _TINY and patience.both:
+            result = self._tuned(way, curve, result, patience.speed)
         return self._conclude(way, result, allowed)
+
+    def _tuned(self, way: _Way, curve: Curve, plain: _Result, speed: int) -> _Result:
+        """``plain``, or what another tuning of the encoder makes of its level, or the level below, if that is less."""
+
+        def weight(result: _Result) -> float:
+            return curve.weight(len(result.avif), result.scores.ssimulacra2 - self.wanted.whole)
+
+        best = plain
+        for level in range(plain.level, max(plain.level - 2, planner.LOWEST - 1), -1):
+            try:
+                result = self._result(replace(way, tuned=True), level, speed)
+            except (formats.DoesNotFit, ReconstructionError):
+                break
+            headroom = gate.headroom(result.scores, self.wanted)
+            if headroom < 0:
+                break
+            best = min(best, result, key=weight)
+            if headroom < curve.slope:
+                break
+        return best
 
     def _refined(
         self,
@@ -384,7 +453,7 @@ class _Compaction:
         end = time.monotonic() + self.policy.refinement_seconds
         try:
             noise = self._noise(sample, way, level)
-            is_whole = sample.pixels is self.picture.pixels
+            is_whole = sample is self.picture
             # A mosaic tells for a fraction of the time whether it is worth the rest.
             seconds = self.policy.refinement_seconds * (1 if is_whole else _MOSAIC_SECONDS)
             if not self._refine_small(sample, way, level, noise, seconds):
@@ -393,9 +462,7 @@ class _Compaction:
             curve = planner.explore(partial(self._try, sample, way_refined), first=level, tries=_TRIES)
             if curve is None or (promising and curve.size >= promising[0][1].size):
                 return None
-            if is_whole:
-                self.picture.refined = sample.refined
-            elif not self._refine_small(self.picture, way, level, noise, end - time.monotonic()):
+            if not is_whole and not self._refine_small(self.picture, way, level, noise, end - time.monotonic()):
                 return None
             least = allowed if best is None else min(allowed, _stored(best) - 1)
             outcome = self._carry_out(way_refined, curve, patience, least)
@@ -419,7 +486,7 @@ class _Compaction:
     def _noise(self, sample: _Picture, way: _Way, level: int) -> float:
         """What the codec changes at ``level``, in shades."""
         small = sample.small(way, level, self.infer)
-        avif = encode_avif(small, planner.quality(level), way.subsampling, _FAST)
+        avif = self._encode(sample, way, level, self._speed(sample))
         return codec_noise(np.asarray(small), reconstruction.decode_small(sample.plan(way), avif))
 
     def _refine_small(self, picture: _Picture, way: _Way, level: int, noise: float, seconds: float) -> bool:
@@ -436,9 +503,7 @@ class _Compaction:
 
     def _result(self, way: _Way, level: int, speed: int) -> _Result:
         self.checkpoint()
-        small = self.picture.small(way, level, self.infer)
-        avif = encode_avif(small, planner.quality(level), way.subsampling, speed)
-        del small
+        avif = self._encode(self.picture, way, level, speed)
         cells.give_memory_back(self.picture.pixels)
         pixels = self._rebuild(self.picture, way, avif)
         self.checkpoint()
@@ -502,6 +567,10 @@ class _Compaction:
 
     # Steps.
 
+    @property
+    def _pixels(self) -> int:
+        return self.split.width * self.split.height
+
     def _rebuild(self, picture: _Picture, way: _Way, avif: bytes) -> Pixels:
         self.checkpoint()
         plan = picture.plan(way)
@@ -560,11 +629,26 @@ def _image(pixels: Pixels) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
 
 
-def encode_avif(image: Image.Image, quality: int, subsampling: str = "4:4:4", speed: int = 6) -> bytes:
-    """Encode a picture for a blob; ``quality`` is 0 to 99, ``speed`` libaom's. The bytes don't depend on the machine's
-    number of processors. Large pictures are coded in cells, which bounds the memory."""
+def encode_avif(
+    image: Image.Image,
+    quality: int,
+    subsampling: str = "4:4:4",
+    speed: int = 6,
+    *,
+    lift: bool = False,
+    tuning: Mapping[str, str] = MappingProxyType({}),
+) -> bytes:
+    """Encode a picture for a blob; ``quality`` is 0 to 99, ``speed`` libaom's; ``lift``: so that colours come back as
+    they were (``chroma.py``); ``tuning``: libaom's options, where this libaom knows them. The bytes don't depend on the
+    machine's number of processors. Large pictures are coded in cells, which bounds the memory."""
     if cells.is_large(image):
-        return cells.encode(image, lambda cell: encode_avif(cell, quality, subsampling, speed))
+        encode = functools.partial(
+            encode_avif, quality=quality, subsampling=subsampling, speed=speed, lift=lift, tuning=tuning
+        )
+        return cells.encode(image, encode)
+    if lift:
+        image = chroma.lifted(image)
+    best = _tuning()
     out = io.BytesIO()
     image.save(
         out,
@@ -579,7 +663,7 @@ def encode_avif(image: Image.Image, quality: int, subsampling: str = "4:4:4", sp
         autotiling=False,
         tile_rows=0,
         tile_cols=0,
-        advanced=_tuning(),
+        advanced={**best, **tuning} if best else {},
     )
     return out.getvalue()
 

@@ -93,15 +93,31 @@ class Curve:
         return min(max((first.headroom - second.headroom) / (first.level - second.level), 0.2), 5.0)
 
     @property
+    def growth(self) -> float:
+        """What one level more multiplies the size by where the headroom is 0."""
+        near = self._nearest()
+        others = [trial for trial in self.trials if trial.level != near.level]
+        if not others:
+            return GROWTH
+        other = min(others, key=lambda trial: abs(trial.headroom))
+        return float(max(1.0, (other.size / near.size) ** (1 / (other.level - near.level))))
+
+    @property
+    def rate(self) -> float:
+        """What one point more adds to the logarithm of the size, there."""
+        return math.log(self.growth) / self.slope
+
+    @property
     def size(self) -> float:
         """Bytes where the headroom is 0."""
         near = self._nearest()
-        growth = GROWTH
-        others = [trial for trial in self.trials if trial.level != near.level]
-        if others:
-            other = min(others, key=lambda trial: abs(trial.headroom))
-            growth = max(1.0, (other.size / near.size) ** (1 / (other.level - near.level)))
-        return float(near.size * growth ** (self.crossing - near.level))
+        return float(near.size * self.growth ** (self.crossing - near.level))
+
+    def weight(self, size: int, spare: float) -> float:
+        """The logarithm of the bytes that would just pass, of a result of ``size`` that scores ``spare`` points more
+        than it must: of two that pass, one may score better only because levels are steps, and then it is no larger at
+        the same score. More than a step doesn't count: who asks for less than it scores asked for fewer bytes."""
+        return math.log(size) - self.rate * min(spare, self.slope)
 
     def _nearest(self) -> Trial:
         return min(self.trials, key=lambda trial: abs(trial.headroom))

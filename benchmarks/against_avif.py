@@ -1,0 +1,297 @@
+"""Whole blobs against plain AVIF at the same score, picture by picture and preset by preset.
+
+    python -m benchmarks.against_avif FOLDER… --keep FILE [--presets …] [--patience normal] [--network lite] [--table]
+        [--speed N] [--sampling 4:4:4 4:2:0]
+
+Each picture is compacted as a store does it; what counts is the blob as it would lie there, all boxes and the padding
+included. The peer is the AVIF file that Pillow writes of the same picture at full resolution, with the speed of that
+patience (or ``--speed``) and tuned for SSIMULACRA2: of each chroma sampling the lowest of libaom's 64 qualities that
+scores what the view scores or more, and the one below it; log bytes are interpolated between the two, to the view's own
+score. The fewest bytes of all samplings are the peer's (``--sampling 4:4:4``: of that one only, as everywhere else).
+
+Results and the points of AVIF's curves are kept in FILE (JSON lines) at once: stop it when you like, and the same
+command goes on; AVIF's points serve every version of esrfs. At the end, or at once with ``--table`` (of what there is),
+it prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import io
+import math
+import os
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from PIL import Image, features
+
+from benchmarks import family
+from benchmarks.machine import describe
+from esrfs import formats
+from esrfs.blob import container
+from esrfs.blob import recipe as recipe_format
+from esrfs.compaction import compactor, planner
+from esrfs.compaction.outcome import PATIENCES, PRESETS, Policy, Verdict
+from esrfs.evaluate import grid
+from esrfs.metrics.ssimulacra2 import Reference
+from esrfs.reconstruction import Pixels
+
+_KEY = bytes(32)
+"""The store's, for references and the footer: without one a recipe is shorter than in a store."""
+_ENCODER_THREADS = 8
+"""libaom gives other bytes with one thread than with several; compaction has this many."""
+_ALIKE = 1.01
+"""Up to here a blob counts as no larger."""
+_BANDS = ((40, 50), (50, 60), (60, 70), (70, 80), (80, 90))
+_FURTHER = 4
+"""Levels that the search for AVIF's quality goes on by where nothing tells better."""
+
+
+class Point(msgspec.Struct, frozen=True, tag="avif"):
+    """Plain AVIF of one picture."""
+
+    sha256: str
+    """Of the picture's file."""
+    made_by: str
+    """Encoder and its settings."""
+    sampling: str
+    level: int
+    bytes: int
+    score: float
+
+
+class Stored(msgspec.Struct, frozen=True, tag="blob", kw_only=True):
+    """One picture at one preset."""
+
+    sha256: str
+    made_by: str
+    """Code, networks and policy."""
+    preset: str
+    name: str
+    how: str
+    """``÷2 q60 4:4:4``, or why there is no blob."""
+    picture: int = 0
+    """Bytes of the AVIF in it."""
+    blob: int = 0
+    score: float = 0.0
+
+
+Line = Point | Stored
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--keep", type=Path, required=True, help="results and AVIF's curves, JSON lines")
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--patience", choices=PATIENCES, default="normal")
+    parser.add_argument("--network", default="lite")
+    parser.add_argument("--speed", type=int, help="of the peer; that of the patience unless given")
+    parser.add_argument("--sampling", nargs="+", choices=("4:4:4", "4:2:0"), default=["4:4:4", "4:2:0"])
+    parser.add_argument("--table", action="store_true", help="compact and encode nothing; print what there is")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    policy = Policy(patience=arguments.patience, network=arguments.network)
+    references, infer = family.ready(policy.network)
+    shown = " ".join(reference.sha256.hex()[:16] for reference in references)
+    made_by = f"{grid.own_version()}, {policy.patience}, {policy.network} {shown}"
+    speed = arguments.speed or planner.PATIENCE[policy.patience].speed
+    peer_by = f"libavif {features.version('avif')}, aom, speed {speed}, tune=ssimulacra2"
+    kept = _read(arguments.keep)
+    stored = {(line.sha256, line.preset): line for line in kept if isinstance(line, Stored) and line.made_by == made_by}
+    points = [line for line in kept if isinstance(line, Point) and line.made_by == peer_by]
+    files = {path: path.read_bytes() for folder in arguments.folders for path in sorted(folder.iterdir())}
+    pictures = {hashlib.sha256(data).hexdigest(): data for path, data in files.items() if path.suffix == ".png"}
+    names = {hashlib.sha256(data).hexdigest(): f"{path.parent.name}/{path.stem}" for path, data in files.items()}
+    rows: list[tuple[Stored, float]] = []
+    with arguments.keep.open("ab") as out:
+
+        def keep(line: Line) -> None:
+            out.write(msgspec.json.encode(line) + b"\n")
+            out.flush()
+
+        for sha256, data in pictures.items():
+            peers = [
+                _Peer(
+                    data,
+                    sha256,
+                    peer_by,
+                    sampling,
+                    speed,
+                    None if arguments.table else keep,
+                    {point.level: point for point in points if (point.sha256, point.sampling) == (sha256, sampling)},
+                )
+                for sampling in arguments.sampling
+            ]
+            for preset in arguments.presets:
+                line = stored.get((sha256, preset))
+                if line is None and not arguments.table:
+                    line = _compact(data, msgspec.structs.replace(policy, preset=preset), references, infer)
+                    line = msgspec.structs.replace(line, sha256=sha256, made_by=made_by, name=names[sha256])
+                    keep(line)
+                if line is None:
+                    continue
+                sizes = [peer.bytes_at(line.score) for peer in peers] if line.blob else []
+                plain = min((size for size in sizes if size is not None), default=math.nan)
+                rows.append((line, plain))
+                print(f"{line.name} {preset}: {line.how}, {line.blob / plain:.3f}", file=sys.stderr, flush=True)
+    print(f"esrfs {made_by}; {peer_by}, {' or '.join(arguments.sampling)}; {describe()}\n")
+    _print_pictures(rows)
+    _print_means(rows, arguments.presets)
+
+
+def _read(path: Path) -> list[Line]:
+    """A line that a crash cut short is as if it were not there."""
+    lines = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            lines.append(msgspec.json.decode(line, type=Line))
+        except msgspec.DecodeError:
+            continue
+    return lines
+
+
+def _compact(data: bytes, policy: Policy, references: list[compactor.NetworkRef], infer: compactor.Infer) -> Stored:
+    outcome = compactor.compact(data, policy, references, infer, reference_key=_KEY)
+    blank = Stored(sha256="", made_by="", preset=policy.preset, name="", how=outcome.message)
+    if outcome.verdict is not Verdict.COMPACTED:
+        return blank
+    recipe = recipe_format.decode(outcome.recipe)
+    return msgspec.structs.replace(
+        blank,
+        how=f"÷{recipe.scale} q{recipe.quality} {recipe.subsampling}",
+        picture=len(outcome.avif),
+        blob=len(container.pack(outcome.avif, outcome.recipe, bytes(container.STORE_ID_BYTES), _KEY)),
+        score=recipe.scores.ssimulacra2,
+    )
+
+
+@dataclass
+class _Peer:
+    """Plain AVIF of one picture, in one chroma sampling."""
+
+    data: bytes
+    sha256: str
+    made_by: str
+    sampling: str
+    speed: int
+    keep: Callable[[Point], None] | None
+    """None: encode nothing, take the points that there are."""
+    points: dict[int, Point]
+    """By level."""
+
+    def bytes_at(self, score: float) -> float | None:
+        """None where AVIF doesn't get there, or it takes an encode that is not wanted."""
+        low, high = -1, planner.LEVELS - 1
+        while high - low > 1:
+            level = self._between(low, high, score)
+            if level not in self.points and self.keep is None:
+                return None
+            if self._at(level).score < score:
+                low = level
+            else:
+                high = level
+        if low < 0 or high not in self.points:
+            return None
+        worse, better = self.points[low], self.points[high]
+        share = (score - worse.score) / (better.score - worse.score)
+        return float(worse.bytes ** (1 - share) * better.bytes**share)
+
+    def _between(self, low: int, high: int, score: float) -> int:
+        """The level to look at next, above ``low`` and below ``high``."""
+        known = sorted(self.points)
+        under = max((level for level in known if low < level < high and self.points[level].score < score), default=None)
+        if under is not None:
+            return under
+        over = min((level for level in known if low < level < high), default=None)
+        if over is not None:
+            return over
+        if low in self.points and high in self.points:
+            worse, better = self.points[low].score, self.points[high].score
+            guess = low + round((high - low) * (score - worse) / max(better - worse, 0.1))
+        elif low in self.points or high in self.points:
+            one = low if low in self.points else high
+            guess = one + round((score - self.points[one].score) / planner.POINTS_PER_LEVEL)
+            guess = min(max(guess, one - _FURTHER), one + _FURTHER)
+        else:
+            guess = planner.LEVELS // 2
+        return min(max(guess, low + 1), high - 1)
+
+    def _at(self, level: int) -> Point:
+        if level not in self.points:
+            out = io.BytesIO()
+            self._image.save(
+                out,
+                "AVIF",
+                quality=planner.quality(level),
+                speed=self.speed,
+                subsampling=self.sampling,
+                codec="aom",
+                max_threads=_ENCODER_THREADS,
+                autotiling=False,
+                advanced={"tune": "ssimulacra2"},
+            )
+            with Image.open(io.BytesIO(out.getvalue())) as decoded:
+                score = self._reference.compare(np.asarray(decoded.convert("RGB"))).score
+            size = len(out.getvalue())
+            point = Point(self.sha256, self.made_by, self.sampling, level, size, round(score, 3))
+            self.points[level] = point
+            assert self.keep is not None
+            self.keep(point)
+        return self.points[level]
+
+    @functools.cached_property
+    def _pixels(self) -> Pixels:
+        return np.ascontiguousarray(formats.decode(self.data, 300)[:, :, :3])
+
+    @functools.cached_property
+    def _image(self) -> Image.Image:
+        return Image.fromarray(self._pixels)
+
+    @functools.cached_property
+    def _reference(self) -> Reference:
+        return Reference(self._pixels, threads=len(os.sched_getaffinity(0)))
+
+
+def _print_pictures(rows: Sequence[tuple[Stored, float]]) -> None:
+    print("| picture | preset | how | score | blob, bytes | plain AVIF | blob : AVIF | its picture : AVIF |")
+    print("|---" * 8 + "|")
+    for line, plain in rows:
+        cells = [line.name, line.preset, line.how]
+        if line.blob:
+            cells += [f"{line.score:.1f}", f"{line.blob:,}", f"{plain:,.0f}"]
+            cells += [f"{line.blob / plain:.3f}", f"{line.picture / plain:.3f}"]
+        print(f"| {' | '.join(cells)} |")
+
+
+def _print_means(rows: Sequence[tuple[Stored, float]], presets: Sequence[str]) -> None:
+    known = [(line, plain) for line, plain in rows if line.blob and not math.isnan(plain)]
+    groups: dict[str, list[tuple[Stored, float]]] = {
+        preset: [row for row in known if row[0].preset == preset] for preset in presets
+    }
+    for low, high in _BANDS:
+        groups[f"scores {low} to {high}"] = [row for row in known if low <= row[0].score < high]
+    print(f"\n| | pictures | blob : AVIF | its picture : AVIF | more than {_ALIKE} | largest |")
+    print("|---" * 6 + "|")
+    for folder in sorted({line.name.split("/")[0] for line, _ in known}):
+        for label, group in groups.items():
+            chosen = [row for row in group if row[0].name.startswith(f"{folder}/")]
+            if not chosen:
+                continue
+            ratios = [line.blob / plain for line, plain in chosen]
+            cells = [f"{folder}, {label}", str(len(chosen)), f"{statistics.geometric_mean(ratios):.3f}"]
+            cells.append(f"{statistics.geometric_mean(line.picture / plain for line, plain in chosen):.3f}")
+            cells += [str(sum(ratio > _ALIKE for ratio in ratios)), f"{max(ratios):.3f}"]
+            print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
