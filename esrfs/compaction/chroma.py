@@ -43,7 +43,8 @@ def _lifted(pixels: Pixels) -> Pixels:
     # Luma and chroma are rounded first, as they should be in the file. (Pillow's own conversion cuts, too.)
     coded = np.rint(pixels @ _CODED)
     coded[:, :, 1:] += _LIFT
-    return (coded @ _DECODED).round().clip(0, 255).astype(np.uint8)
+    given: Pixels = np.rint(coded @ _DECODED).clip(0, 255).astype(np.uint8)
+    return given
 
 
 @functools.cache
