@@ -1,18 +1,27 @@
 """Run as a program: what one piece of work takes at most, in bytes, besides the pictures that it is given.
 
-python -m tests.peaks rebuild2|rebuild1|compact2|compact1|metric WIDTH HEIGHT [KIND [SPEED]]
+python -m tests.peaks WORK WIDTH HEIGHT [KIND] [--threads N]
 
-The digit is the scale. ``compact`` is one attempt on the whole picture, of a KIND (default jpeg), at libaom's SPEED
-(default 10); a view that does not fit has been tried all the same. A second line tells what compaction asks for.
+WORK:
+rebuild2, rebuild1  a reconstruction at that scale, of a KIND (default jpeg), by a network that does no arithmetic
+compact             attempts on a whole picture of a KIND, as a store makes them: at half size by the networks that are
+                    shipped, then at full size, twice each, by N threads (default 2); libaom's speed is 10. A view that
+                    does not fit has been tried all the same.
+lossless            a JPEG as a JPEG XL, and back
+metric              SSIMULACRA2
+
+A second line tells what compaction asks for, where it is one.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import io
-import sys
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +29,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks import family
 from esrfs import formats, reconstruction
-from esrfs.blob.recipe import JpegCoding, Recipe, Run, Scores
-from esrfs.compaction import compactor, gate
-from esrfs.compaction.compactor import NetworkRef
+from esrfs.blob import recipe as recipe_format
+from esrfs.blob.recipe import Recipe, Scores
+from esrfs.compaction import compactor, gate, lossless, planner
 from esrfs.compaction.outcome import Policy
+from esrfs.compaction.planner import Curve, Trial
 from esrfs.engine import tiles
+from esrfs.engine.lanes import Crossing
+from esrfs.engine.protocol import Lane
 from esrfs.formats import cells
 from esrfs.metrics.ssimulacra2 import Reference
 from tests.test_1_png import interlaced
@@ -100,12 +113,46 @@ def _encode(image: Image.Image) -> bytes:
     return out.getvalue()
 
 
-def _recipe(width: int, height: int, scale: int) -> Recipe:
-    scan = width * height // 4
-    return Recipe(
+def _needed(original: bytes, threads: int) -> int:
+    return compactor.memory(formats.split(original, Policy().max_megapixels), len(original), threads)
+
+
+def _compaction(original: bytes, threads: int) -> None:
+    policy = Policy(preset="small", min_saving=0)
+    references, networks = family.load(policy.network)
+    job = Crossing().enter(1, Lane.INTERACTIVE)
+    spread = partial(tiles.Crew(threads).spread, job)
+
+    def infer(sha256: bytes, pixels: Pixels) -> Pixels:
+        return tiles.enlarge(networks[sha256], pixels, spread)
+
+    split = formats.split(original, policy.max_megapixels)
+    stored = split.pixels()
+    colour = np.ascontiguousarray(stored[:, :, : stored.shape[2] - 1] if stored.shape[2] in (2, 4) else stored)
+    del stored
+    picture = compactor._Picture(colour, threads)
+    del colour
+    work = compactor._Compaction(
+        original, policy, gate.thresholds("small"), split, picture, threads, infer, job.checkpoint, b""
+    )
+    patience = replace(planner.PATIENCE["normal"], passes=2, speed=10, content=-math.inf)
+    curve = Curve((Trial(30, 0.0, 1000),))
+    (doubling,) = references
+    outcomes = []
+    for way in (compactor._Way(2, "4:4:4", doubling, doubling.shrinker), compactor._Way(1, "4:4:4")):
+        with contextlib.suppress(formats.DoesNotFit):
+            outcomes.append(work._carry_out(way, curve, patience, math.inf))
+
+
+def _rebuilding(width: int, height: int, scale: int, kind: str) -> Callable[[], object]:
+    small = _picture(-(-width // scale), -(-height // scale))
+    avif = cells.encode(small, _encode) if cells.is_large(small) else _encode(small)
+    del small
+    fitted = _fitted(width, height, kind)
+    recipe = Recipe(
         width=width,
         height=height,
-        original_size=scan + 2,
+        original_size=len(fitted.scan) + recipe_format.length(fitted.prefix) + recipe_format.length(fitted.suffix),
         sha256_original=bytes(32),
         sha256_view=bytes(32),
         preset="small",
@@ -113,38 +160,31 @@ def _recipe(width: int, height: int, scale: int) -> Recipe:
         network="" if scale == 1 else "doubling",
         network_sha256=b"" if scale == 1 else b"doubling",
         quality=50,
-        coding=JpegCoding(mode="RGB", subsampling="4:2:0", quantisation=[[16] * 64] * 3),
-        prefix=[Run(0, 1)],
-        scan_length=scan,
-        suffix=[Run(0, 1)],
+        coding=fitted.coding,
+        prefix=fitted.prefix,
+        scan_length=len(fitted.scan),
+        suffix=fitted.suffix,
         encoder="",
         scores=Scores(ssimulacra2=60, worst_tile=50, psnr=30),
         created_by="tests",
     )
+    network: tiles.Network = _Doubling()
+    return partial(reconstruction.rebuild, recipe, avif, lambda _, pixels: tiles.enlarge(network, pixels))
 
 
-def _asked(original: bytes) -> int:
-    return compactor.memory(formats.split(original, Policy().max_megapixels), len(original))
+def _fitted(width: int, height: int, kind: str) -> formats.FittedView:
+    """How a view is coded; there is room for it."""
+    split = formats.split(ORIGINALS[kind](_picture(width, height)), Policy().max_megapixels)
+    return formats.fit_view(split, split.pixels())
 
 
-def _compaction(original: bytes, scale: int, speed: int) -> None:
-    policy = Policy(preset="small")
-    split = formats.split(original, policy.max_megapixels)
-    stored = split.pixels()
-    colour = np.ascontiguousarray(stored[:, :, : stored.shape[2] - 1] if stored.shape[2] in (2, 4) else stored)
-    del stored
-    picture = compactor._Picture(colour, 2)
-    del colour
-    work = compactor._Compaction(
-        original, policy, gate.thresholds("small"), split, picture, 2, _infer, lambda: None, b""
-    )
-    network = NetworkRef("doubling", b"doubling", 2) if scale == 2 else None
-    with contextlib.suppress(formats.DoesNotFit):
-        work._result(compactor._Way(scale, "4:4:4", network), 30, speed)
-
-
-def _infer(_: bytes, pixels: Pixels) -> Pixels:
-    return tiles.enlarge(_Doubling(), pixels)
+def _warm_up() -> None:
+    """Load what an engine at rest has loaded."""
+    few = np.zeros((300, 300, 3), np.uint8)
+    Reference(few).compare(few)
+    references, networks = family.load(Policy().network)
+    for reference in references:
+        networks[reference.sha256](few[None, :64, :64])
 
 
 def _now(field: str) -> int:
@@ -153,36 +193,36 @@ def _now(field: str) -> int:
 
 
 def main() -> None:
-    work, width, height = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    kind = sys.argv[4] if len(sys.argv) > 4 else "jpeg"
-    speed = int(sys.argv[5]) if len(sys.argv) > 5 else 10
+    parser = argparse.ArgumentParser()
+    parser.add_argument("work", choices=("rebuild2", "rebuild1", "compact", "lossless", "metric"))
+    parser.add_argument("width", type=int)
+    parser.add_argument("height", type=int)
+    parser.add_argument("kind", choices=ORIGINALS, default="jpeg", nargs="?")
+    parser.add_argument("--threads", type=int, default=2)
+    asked = parser.parse_args()
     torch.set_num_threads(1)
     run: Callable[[], object]
-    asked = 0
-    if work.startswith("rebuild"):
-        scale = int(work[-1])
-        small = _picture(-(-width // scale), -(-height // scale))
-        avif = cells.encode(small, _encode) if cells.is_large(small) else _encode(small)
-        recipe = _recipe(width, height, scale)
-        del small
-        run = partial(reconstruction.rebuild, recipe, avif, _infer)
-    elif work.startswith("compact"):
-        original = ORIGINALS[kind](_picture(width, height))
-        asked = _asked(original)
-        run = partial(_compaction, original, int(work[-1]), speed)
-    else:
-        pixels = np.asarray(_picture(width, height))
+    needed = 0
+    if asked.work.startswith("rebuild"):
+        run = _rebuilding(asked.width, asked.height, int(asked.work[-1]), asked.kind)
+    elif asked.work == "metric":
+        pixels = np.asarray(_picture(asked.width, asked.height))
         view = np.clip(pixels, 3, 252)
-        run = partial(Reference(pixels).compare, view)
-    few = np.zeros((300, 300, 3), np.uint8)
-    Reference(few).compare(few)  # loads what it needs
+        run = partial(Reference(pixels, threads=asked.threads).compare, view)
+    else:
+        original = ORIGINALS[asked.kind](_picture(asked.width, asked.height))
+        needed = _needed(original, asked.threads)
+        run = partial(_compaction, original, asked.threads)
+        if asked.work == "lossless":
+            run = partial(lossless.compact, original, Policy())
+    _warm_up()
     ctypes.CDLL(None).malloc_trim(0)  # what the preparations left must not hide anything
     Path("/proc/self/clear_refs").write_text("5")
     before = _now("VmRSS")
     run()
     print(_now("VmHWM") - before)
-    if asked:
-        print(asked)
+    if needed:
+        print(needed)
 
 
 if __name__ == "__main__":

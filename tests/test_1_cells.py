@@ -68,7 +68,11 @@ def test_cells_come_back_as_they_were() -> None:
 
 
 @pytest.mark.parametrize(
-    "size", [(16320, 12240), (8192, 6144), (4900, 4000), (65535, 300), (5000, 65000), (400, 65535)]
+    "size",
+    [
+        *((16320, 12240), (8192, 6144), (4900, 4000), (65535, 300), (5000, 65000), (400, 65535)),
+        *((16_385, 64), (64, 3_125_000), (3_125_000, 64), (40_000, 5000), (70_000, 65)),
+    ],
 )
 def test_layout_of_large_pictures(size: tuple[int, int]) -> None:
     columns, width, height = cells._layout(*size)
@@ -78,6 +82,17 @@ def test_layout_of_large_pictures(size: tuple[int, int]) -> None:
     assert rows <= 256
     assert columns <= 256
     assert width * height <= 12e6, "the codec's memory is bounded by a cell's"
+    assert max(width, height) <= 16_384, "of an AVIF, libavif reads no more than 32,768"
+
+
+@pytest.mark.parametrize("size", [(33_000, 17), (16, 66_000), (140_001, 5)])
+def test_longer_pictures_than_the_codec_takes(size: tuple[int, int]) -> None:
+    """AV1 ends at 65,536 pixels a side, and libavif reads 32,768."""
+    picture = _picture(*size)
+    avif = compactor.encode_avif(picture, 70, speed=10)
+    assert grid.take_apart(avif) is not None
+    error = cells.decode(avif, *size).astype(int) - np.asarray(picture)
+    assert np.abs(error).mean() < 4
 
 
 def test_small_pictures_are_one_piece() -> None:

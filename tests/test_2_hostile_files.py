@@ -199,6 +199,37 @@ def test_a_png_whose_pixels_come_in_several_pieces(level: int, cut: int) -> None
     assert "cut, or more" in refused(png(stream + bytes(cut)))
 
 
+@pytest.mark.parametrize("interlace", [0, 1])
+def test_a_png_of_one_very_long_row(interlace: int) -> None:
+    """200 megapixels of nothing, in 0.8 MB: it is looked at before anybody asks how much memory there is."""
+    header = struct.pack(">IIBBBBB", 200_000_000, 1, 8, 6, 0, 0, interlace)
+    row = zlib.compressobj(9)
+    stream = b"".join([row.compress(b"\0"), *(row.compress(bytes(1 << 22)) for _ in range(190)), row.flush()])
+    chunks = [(b"IHDR", header), (b"IDAT", stream), (b"IEND", b"")]
+    data = png_parse.SIGNATURE + b"".join(png_parse.chunk_bytes(*chunk) for chunk in chunks)
+    with within(20, 40):
+        assert "cut, or more" in refused(data, lambda data: formats.split(data, 200))
+
+
+@given(width=st.integers(1, 40), height=st.integers(1, 40), size=st.integers(1, 400), damage=st.integers(0, 5))
+def test_a_png_whose_rows_lie_across_pieces(width: int, height: int, size: int, damage: int) -> None:
+    """Whole, each way; cut; too long; and with a filter that does not exist in one row."""
+    rows = bytearray(np.zeros((height, 1 + width), np.uint8).tobytes())
+    if damage == 1:
+        rows[(height // 2) * (1 + width)] = 5
+    stream = zlib.compress(bytes(rows if damage != 2 else rows[:-1]) + b"\0" * (damage == 3))
+    stream += b"\0" * (damage == 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(png_parse, "_INFLATED", size)
+        try:
+            png_parse._check_stream(stream, png_parse.passes(width, height, False), 8)
+        except Unsupported as error:
+            assert ("filter" in error.message) == (damage == 1)
+            assert 1 <= damage <= 4
+        else:
+            assert damage in (0, 5)
+
+
 def test_a_webp_of_very_many_chunks() -> None:
     data = FILES[7]
     more = b"teSt\0\0\0\0" * 70_000
@@ -235,6 +266,45 @@ def test_a_tiff_of_one_huge_tile() -> None:
     with within(5, 20):
         assert "larger than its picture" in refused(data)
     assert tiff_parse.parse(tiff(100, 100, {**entries, 322: (4, 1, 256), 323: (4, 1, 256)}, tile)).tiled
+
+
+def test_a_tiff_whose_tiles_reach_far_beyond_it() -> None:
+    """12,800,000 pixels, and 13,421,772,800 in its tiles, each of which is coded as a whole."""
+    tile = zlib.compress(bytes(1 << 16))
+    count = 200_000 // 4096 + 1
+    places = b"".join(struct.pack("<I", 1000 + 8 * count + number * len(tile)) for number in range(count))
+    lengths = struct.pack("<I", len(tile)) * count
+    entries = {
+        259: (3, 1, 8),
+        322: (4, 1, 1 << 12),
+        323: (4, 1, 1 << 12),
+        324: (4, count, 1000),
+        325: (4, count, 1000 + 4 * count),
+    }
+    data = tiff(64, 200_000, entries, places + lengths + tile * count)
+    assert "far beyond" in refused(data, tiff_parse.parse)
+
+
+def test_a_tiff_of_many_strips_with_many_jpeg_tables() -> None:
+    """They are read again for each strip."""
+    strip = FILES[0]
+    count = 10_000
+    tables = b"\xff\xd8" + b"\xff\xdb\0\2" * 4000 + b"\xff\xd9"
+    places = b"".join(struct.pack("<I", 1000 + 8 * count + number * len(strip)) for number in range(count))
+    after = 1000 + 8 * count + count * len(strip)
+    entries = {
+        258: (3, 1, 8),
+        259: (3, 1, 7),
+        262: (3, 1, 6),
+        273: (4, count, 1000),
+        277: (3, 1, 3),
+        278: (4, 1, 70),
+        279: (4, count, 1000 + 4 * count),
+        347: (7, len(tables), after),
+    }
+    tail = places + struct.pack("<I", len(strip)) * count + strip * count + tables
+    with within(10, 100):
+        assert "many JPEG tables" in refused(tiff(80, 70 * count, entries, tail), lambda data: formats.split(data, 100))
 
 
 def test_a_bmp_that_is_cut_in_its_palette_or_its_header() -> None:

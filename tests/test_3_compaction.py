@@ -10,6 +10,7 @@ import hashlib
 import io
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from esrfs.engine import tiles
 from esrfs.engine.client import Engine, EngineError, EngineSettings
 from esrfs.engine.protocol import Lane
 from esrfs.networks import loading, registry
-from tests.test_1_png import interlaced
+from tests.test_1_png import chunk, interlaced, with_chunk
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 Pixels = reconstruction.Pixels
@@ -316,6 +317,24 @@ def test_what_is_not_compacted_is_a_verdict(make: Callable[[], bytes], verdict: 
     assert outcome.message
     assert not outcome.recipe
     assert not outcome.avif
+
+
+def test_metadata_that_pillow_does_not_read() -> None:
+    """It refuses compressed text, profiles and XMP of more than a mebibyte; other programs show such files."""
+    plain = encoded(skimage_photo("astronaut"), "PNG")
+    texts = {
+        b"zTXt": b"Raw profile type 8bim\0\0" + zlib.compress(b"0a" * 1_000_000),
+        b"iTXt": b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b"x " * 1_000_000),
+        b"iCCP": b"profile\0\0" + zlib.compress(bytes(2_000_000)),
+    }
+    for kind, text in texts.items():
+        original = with_chunk(plain, kind, text)
+        outcome = compact(original, "small")
+        assert outcome.verdict is Verdict.COMPACTED, outcome.message
+        recipe = recipe_format.decode(outcome.recipe)
+        view = reconstruction.rebuild(recipe, outcome.avif, infer)
+        assert hashlib.sha256(view).digest() == recipe.sha256_view
+        assert chunk(kind, text) in view
 
 
 def test_little_saved_is_not_worth_it() -> None:

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,13 +21,15 @@ from typing import cast
 import pytest
 from PIL import Image
 
-from esrfs import formats
-from esrfs.compaction import compactor
-from esrfs.compaction.outcome import Outcome, Policy, Reason, Verdict
-from esrfs.engine import filevalue, protocol, room
+from esrfs import formats, reconstruction
+from esrfs.blob.recipe import Recipe
+from esrfs.compaction import compactor, lossless
+from esrfs.compaction.outcome import LOSSLESS, Outcome, Policy, Reason, Verdict
+from esrfs.engine import filevalue, handler, protocol, room
 from esrfs.engine.client import Engine, EngineError, EngineSettings
 from esrfs.engine.filevalue import FileValue
-from esrfs.engine.protocol import ConnectionLostError
+from esrfs.engine.lanes import Crossing
+from esrfs.engine.protocol import ConnectionLostError, Lane
 from esrfs.networks import registry
 from esrfs.reconstruction import Pixels
 from esrfs.store.catalog import Catalog
@@ -103,21 +106,52 @@ def test_a_value_closes_its_file() -> None:
 def test_peaks_of_24_megapixels(work: str, most: int) -> None:
     """MiB. Another copy of the picture would be 69 more, or 92. ``rebuild2`` doubles an AVIF of one piece, ``rebuild1``
     decodes one of cells."""
-    command = [sys.executable, "-m", "tests.peaks", work, "6000", "4000"]
+    assert _peak(work, 6000, 4000, "--threads", 1)[0] / MEBIBYTE < most
+
+
+def _peak(*arguments: object) -> list[int]:
+    """What ``tests.peaks`` prints."""
+    command = [sys.executable, "-m", "tests.peaks", *map(str, arguments)]
     root = Path(__file__).parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=3000, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) / MEBIBYTE < most
+    return [int(line) for line in done.stdout.split()]
+
+
+def test_a_compaction_takes_no_more_than_it_asks_for() -> None:
+    peak, asked = _peak("compact", 2000, 1500)
+    assert 0 < peak < asked
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("size", [(4600, 3450), (6000, 4000)])
+@pytest.mark.parametrize("kind", peaks.ORIGINALS)
+def test_no_kind_takes_more_than_compaction_asks_for(kind: str, size: tuple[int, int]) -> None:
+    """The largest that is coded in one piece, and one that is coded in cells."""
+    peak, asked = _peak("compact", *size, kind)
+    assert peak < asked
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_with_many_threads_no_more_than_compaction_asks_for() -> None:
+    peak, asked = _peak("compact", 4000, 3000, "jpeg", "--threads", 12)
+    assert peak < asked
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", peaks.ORIGINALS)
-def test_no_kind_takes_more_than_compaction_asks_for(kind: str) -> None:
-    command = [sys.executable, "-m", "tests.peaks", "compact2", "7200", "5000", kind]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=1500, check=False)
-    assert done.returncode == 0, done.stderr
-    peak, asked = map(int, done.stdout.split())
+def test_no_reconstruction_takes_more_than_is_thought(kind: str) -> None:
+    """Of 24 megapixels; ``handler._REBUILDING`` is bytes for each."""
+    (peak,) = _peak("rebuild2", 6000, 4000, kind)
+    assert peak < handler._REBUILDING * 24e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["jpeg", "jpeg-progressive"])
+def test_without_loss_no_more_than_is_asked_for(kind: str) -> None:
+    peak, asked = _peak("lossless", 6000, 4000, kind)
     assert peak < asked
 
 
@@ -163,17 +197,31 @@ def test_compaction_waits_for_memory() -> None:
     original = _photograph(640, 480)
     outcome = compactor.compact(original, Policy(), [], _no_network, room=400e6)
     assert (outcome.verdict, outcome.reason) == (Verdict.REFUSED, Reason.NO_MEMORY)
-    assert "0.7 GB of memory" in outcome.message
+    assert " GB of memory, and 0.4 GB are free" in outcome.message
     assert outcome.width == 640
+
+
+def test_compaction_without_loss_waits_for_memory() -> None:
+    original = _photograph(640, 480)
+    policy = Policy(preset=LOSSLESS)
+    assert compactor.compact(original, policy, [], _no_network).verdict is Verdict.COMPACTED
+    outcome = compactor.compact(original, policy, [], _no_network, room=200e6)
+    assert (outcome.verdict, outcome.reason) == (Verdict.REFUSED, Reason.NO_MEMORY)
+    refused = Outcome(verdict=Verdict.REFUSED, reason=Reason.QUALITY)
+    better = lossless.where_better(original, policy, refused, 200e6)
+    assert better.reason is Reason.NO_MEMORY, "it is tried again"
+    made = Outcome(verdict=Verdict.COMPACTED, avif=bytes(len(original)))
+    assert lossless.where_better(original, policy, made, 200e6) is made
 
 
 @pytest.mark.parametrize("kind", peaks.ORIGINALS)
 def test_each_kind_says_what_it_takes(kind: str) -> None:
     original = peaks.ORIGINALS[kind](peaks._picture(160, 96))
     split = formats.split(original, 1)
-    needed = compactor.memory(split, len(original))
-    assert needed - compactor.memory(split, 0) == 5 * len(original)
-    outcome = compactor.compact(original, Policy(), [], _no_network, room=needed - 1)
+    needed = compactor.memory(split, len(original), 2)
+    assert needed - compactor.memory(split, 0, 2) == 5 * len(original)
+    assert needed < compactor.memory(split, len(original), 3)
+    outcome = compactor.compact(original, Policy(), [], _no_network, room=needed - 1, threads=2)
     assert (outcome.verdict, outcome.reason) == (Verdict.REFUSED, Reason.NO_MEMORY)
     assert "GB are free now" in outcome.message
 
@@ -252,6 +300,93 @@ def test_room_is_that_of_the_system_and_of_the_unit(tmp_path: Path) -> None:
     (unit.parent / "memory.current").write_text("2000000\n")
     (unit.parent / "memory.stat").write_text("anon 7\ninactive_file 500000\n")
     assert room.available(proc, cgroups) == 1_500_000
+
+
+def test_a_container_with_many_processors_and_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer threads, for each holds a tile: else nothing would ever be compacted there."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    for free, threads in ((1.5e9, 3), (0.1e9, 2), (400e9, 64), (float("inf"), 64)):
+        monkeypatch.setattr(room, "available", lambda free=free: free)
+        monkeypatch.setattr(handler, "Crew", lambda threads: threads)
+        assert handler.NetworkHandler("cpu", lambda _: b"").threads == threads
+
+
+class _Reading(threading.Thread):
+    """A reconstruction that takes ``needed`` bytes, and ends when it is told."""
+
+    def __init__(self, turns: room.Turns, needed: float) -> None:
+        super().__init__(daemon=True)
+        self.turns = turns
+        self.needed = needed
+        self.wanted = True
+        self.begun, self.end = threading.Event(), threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        with self.turns.taking(self.needed, lambda: self.wanted):
+            self.begun.set()
+            assert self.end.wait(60)
+
+
+def test_large_reads_take_turns_where_memory_is_short() -> None:
+    free = [5e9]
+    turns = room.Turns(lambda: free[0])
+    first = _Reading(turns, 9e9)
+    assert first.begun.wait(30), "who is alone goes ahead, whatever there is"
+    second, third = _Reading(turns, 1e9), _Reading(turns, 1e9)
+    assert not second.begun.wait(1.5)
+    assert not third.begun.is_set()
+    third.wanted = False
+    assert third.begun.wait(30), "nobody waits for it any more: it is not to hold up a thread"
+    first.end.set()
+    assert second.begun.wait(30)
+    free[0] = 20e9
+    fourth = _Reading(turns, 9e9)
+    assert fourth.begun.wait(30), "there is room for both"
+    for each in (second, third, fourth):
+        each.end.set()
+    for each in (first, second, third, fourth):
+        each.join(30)
+    assert turns._taken == []
+
+
+def test_two_large_reads_at_once_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, and both are served; small ones wait for nobody."""
+    monkeypatch.setattr(room, "available", lambda: 1e6)
+    going: list[int] = []
+    most: dict[int, int] = {}
+
+    def rebuild(recipe: Recipe, *_: object) -> bytes:
+        going.append(recipe.width)
+        most[recipe.width] = max(most.get(recipe.width, 0), going.count(recipe.width))
+        time.sleep(0.3)
+        going.remove(recipe.width)
+        return b"view"
+
+    monkeypatch.setattr(reconstruction, "rebuild", rebuild)
+    monkeypatch.setattr(handler.recipe_format, "decode", lambda width: _Recipe(int(width), 4000))
+    work = handler.NetworkHandler("cpu", lambda _: b"")
+    crossing = Crossing()
+
+    def read(number: int, width: int) -> None:
+        request = protocol.Rebuild(job=number, lane=Lane.INTERACTIVE, recipe=str(width).encode())
+        assert work.rebuild(request, b"", crossing.enter(number, Lane.INTERACTIVE))[1] == b"view"
+
+    threads = [threading.Thread(target=read, args=(n, width)) for n, width in enumerate([9000, 9000, 300, 300, 9000])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert most == {9000: 1, 300: 2}
+
+
+class _Recipe:
+    """As much of a recipe as the handler looks at."""
+
+    sha256_view = hashlib.sha256(b"view").digest()
+
+    def __init__(self, width: int, height: int) -> None:
+        self.width, self.height = width, height
 
 
 # Pictures that claim to be large.

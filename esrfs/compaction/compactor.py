@@ -45,9 +45,12 @@ Pixels = npt.NDArray[np.uint8]
 
 SMALLEST_SIDE = 64
 """Pixels. Below that the view's fixed parts weigh more than its pixels."""
-_BYTES, _OF_THE_FILE = 700_000_000, 5
+_BYTES, _OF_THE_FILE, _OF_A_THREAD = 300_000_000, 5, 100_000_000
 """Memory that compaction takes (``benchmarks.memory``, ``tests.peaks``), besides that of an engine at rest and what the
-kind takes for each pixel: bytes, and bytes for each of the file's."""
+kind takes for each pixel: bytes, bytes for each of the file's, and for each thread (its tile within a network)."""
+_CODED_WHOLE = 50
+"""Bytes for each pixel of a picture that is coded in one piece; of larger ones, for as many pixels. libaom takes 37,
+and what the metric keeps of such a picture 20."""
 _BYTES_REFINING = 400_000_000
 """What refinement takes for each thread at most, with networks that a CPU refines for (lite: 200 MB)."""
 _TRIES = 4
@@ -192,28 +195,41 @@ def compact(
     *,
     reference_key: bytes = b"",
     room: float = math.inf,
+    threads: int | None = None,
     refine: Refine | None = None,
 ) -> Outcome:
     """Try to make a blob of ``original``. ``networks``: those that may enlarge it, tried in this order; without any, it
     is kept at full resolution. ``checkpoint`` is called between steps, and may raise to end it;
     ``reference_key`` (``blob/reference.py``) is the store's, 32 bytes, or empty: then the view refers to nothing;
-    ``room`` is the bytes of memory that it may take; with ``refine`` it also tries a refined small picture.
+    ``room`` is the bytes of memory that it may take, ``threads`` how many work at once (as many as there are
+    processors); with ``refine`` it also tries a refined small picture.
 
     Files that can't be compacted are a verdict. Raises ValueError for an unknown preset, and what ``infer`` and
     ``checkpoint`` raise.
     """
     if policy.preset == LOSSLESS:
-        return lossless.compact(original, policy)
+        return lossless.compact(original, policy, room)
     outcome = _at_a_loss(
-        original, policy, networks, infer, checkpoint, reference_key=reference_key, room=room, refine=refine
+        original,
+        policy,
+        networks,
+        infer,
+        checkpoint,
+        reference_key=reference_key,
+        room=room,
+        threads=threads or len(os.sched_getaffinity(0)),
+        refine=refine,
     )
     checkpoint()
-    return lossless.where_better(original, policy, outcome)
+    return lossless.where_better(original, policy, outcome, room)
 
 
-def memory(split: formats.Split, size: int) -> int:
+def memory(split: formats.Split, size: int, threads: int) -> int:
     """Bytes that the compaction of a file of ``size`` bytes takes at most, besides those of an engine at rest."""
-    return _BYTES + _OF_THE_FILE * size + split.bytes_per_pixel * split.width * split.height
+    pixels = split.width * split.height
+    whole = min(pixels, round(cells.WHOLE_MEGAPIXELS * 1e6))
+    of_pixels = split.bytes_per_pixel * pixels + _CODED_WHOLE * whole
+    return _BYTES + _OF_THE_FILE * size + _OF_A_THREAD * threads + of_pixels
 
 
 def _at_a_loss(
@@ -225,6 +241,7 @@ def _at_a_loss(
     *,
     reference_key: bytes,
     room: float,
+    threads: int,
     refine: Refine | None,
 ) -> Outcome:
     wanted = gate.thresholds(policy.preset)
@@ -233,11 +250,10 @@ def _at_a_loss(
         if min(split.width, split.height) < SMALLEST_SIDE:
             message = f"{split.width} × {split.height} pixels are too few for compaction to save anything"
             return _refused(Reason.TOO_SMALL, message, split)
-        needed = memory(split, len(original))
+        needed = memory(split, len(original), threads)
         if needed > room:
             message = f"it takes {needed / 1e9:.1f} GB of memory, and {room / 1e9:.1f} GB are free now"
             return _refused(Reason.NO_MEMORY, message, split)
-        threads = len(os.sched_getaffinity(0))
         if needed + _BYTES_REFINING * threads > room:
             refine = None
         checkpoint()
@@ -374,8 +390,10 @@ class _Compaction:
         key = way, level, speed
         if picture is self.picture and key in self.encoded:
             return self.encoded[key]
+        small = picture.small(way, level, self.infer)
+        cells.give_memory_back(picture.pixels)
         avif = encode_avif(
-            picture.small(way, level, self.infer),
+            small,
             planner.quality(level),
             way.subsampling,
             speed,
@@ -517,8 +535,7 @@ class _Compaction:
         del again
         view = fitted.expand()
         self.checkpoint()
-        viewed = formats.decode(view, self.policy.max_megapixels)
-        viewed = viewed[:, :, : self.picture.pixels.shape[2]]  # without alpha, which is the original's
+        viewed = self._decoded(view)[:, :, : self.picture.pixels.shape[2]]  # without alpha, which is the original's
         self.checkpoint()
         scores = gate.measure(self.picture.reference, self.picture.pixels, viewed)
         self._note(scores)
@@ -575,6 +592,13 @@ class _Compaction:
         self.checkpoint()
         plan = picture.plan(way)
         return reconstruction.enlarge(plan, reconstruction.decode_small(plan, avif), self.infer)
+
+    def _decoded(self, view: bytes) -> Pixels:
+        try:
+            return formats.decode(view, self.policy.max_megapixels)
+        except formats.Unsupported:
+            # Pillow reads no file with, say, more than a mebibyte of compressed text in it, which is the original's.
+            return formats.split(view, self.policy.max_megapixels).pixels()
 
     def _reference(self, scan: bytes) -> bytes:
         return reference(self.reference_key, scan) if self.reference_key else b""

@@ -8,12 +8,13 @@ that.
 from __future__ import annotations
 
 import hashlib
+import math
 
 from esrfs import __version__
 from esrfs.blob import recipe as recipe_format
 from esrfs.blob.recipe import JpegXlCoding, Literal, Recipe, Scores
 from esrfs.compaction.outcome import LOSSLESS, Outcome, Policy, Reason, Verdict, stored_bytes
-from esrfs.formats import identify, jpegxl
+from esrfs.formats import identify, jpegxl, pixels
 from esrfs.formats.jpegxl import Transcoded
 from esrfs.formats.view import Unsupported
 
@@ -22,27 +23,31 @@ _WORTH_COMPARING = 0.6
 _HOPELESS = (Reason.NOT_A_PICTURE, Reason.BROKEN, Reason.TOO_LARGE, Reason.NO_MEMORY)
 
 
-def compact(original: bytes, policy: Policy) -> Outcome:
-    """A blob from which ``original`` comes back bit for bit, or why there is none."""
+def compact(original: bytes, policy: Policy, room: float = math.inf) -> Outcome:
+    """A blob from which ``original`` comes back bit for bit, or why there is none; made in ``room`` bytes of memory."""
     kind = identify(original)
     if kind != "jpeg":
         message = "only JPEG files shrink without loss, so that they come back bit for bit"
         return Outcome(verdict=Verdict.PASSED_THROUGH, reason=Reason.UNSUPPORTED_KIND, message=message, kind=kind)
     try:
-        return _blob(original, policy, jpegxl.transcode(original, policy.max_megapixels), "")
+        return _blob(original, policy, jpegxl.transcode(original, policy.max_megapixels, room), "")
     except Unsupported as error:
-        return Outcome(verdict=Verdict.PASSED_THROUGH, reason=error.reason, message=error.message, kind=kind)
+        verdict = Verdict.REFUSED if error.reason is Reason.NO_MEMORY else Verdict.PASSED_THROUGH
+        return Outcome(verdict=verdict, reason=error.reason, message=error.message, kind=kind)
 
 
-def where_better(original: bytes, policy: Policy, lossy: Outcome) -> Outcome:
+def where_better(original: bytes, policy: Policy, lossy: Outcome, room: float = math.inf) -> Outcome:
     """``lossy``, or a lossless outcome in its place: where that was refused, or takes as many bytes."""
     compacted = lossy.verdict is Verdict.COMPACTED
     allowed = stored_bytes(lossy.avif, lossy.recipe) if compacted else len(original)
     if lossy.reason in _HOPELESS or allowed < _WORTH_COMPARING * len(original) or identify(original) != "jpeg":
         return lossy
+    pixels.give_memory_back()
     try:
-        transcoded = jpegxl.transcode(original, policy.max_megapixels)
-    except Unsupported:
+        transcoded = jpegxl.transcode(original, policy.max_megapixels, room)
+    except Unsupported as error:
+        if error.reason is Reason.NO_MEMORY and not compacted:  # so that it is tried again
+            return Outcome(verdict=Verdict.REFUSED, reason=error.reason, message=error.message, kind="jpeg")
         return lossy
     outcome = _blob(original, policy, transcoded, lossy.message)
     if outcome.verdict is not Verdict.COMPACTED or stored_bytes(outcome.avif, outcome.recipe) > allowed:

@@ -10,6 +10,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 
 from esrfs import formats, reconstruction
 from esrfs.blob import recipe as recipe_format
+from esrfs.blob.recipe import Recipe
 from esrfs.compaction import compactor, refine
 from esrfs.compaction.compactor import Refine
 from esrfs.compaction.outcome import Outcome, Policy, Reason, Verdict
@@ -39,6 +41,13 @@ _UPSCALE_MEGAPIXELS = 100.0
 """Of the input of ``esrfs upscale``."""
 _ACCELERATOR_TILE = 1024
 """Input pixels along a tile's side where an accelerator runs it: enough work for one launch."""
+_SMALL_MEGAPIXELS = 16.0
+"""Up to which a reconstruction waits for nobody."""
+_REBUILDING = 30
+"""Bytes that a reconstruction takes for each pixel at most (``tests.peaks``: JPEG 8, lossless WebP 27)."""
+_ROOM_OF_A_THREAD = 400_000_000
+"""Bytes of memory that there are for each thread, or there are fewer: each holds a tile (100 MB), and a container may
+have many processors and little memory."""
 
 
 class NetworkHandler:
@@ -46,17 +55,21 @@ class NetworkHandler:
 
     def __init__(self, device: str, fetch: Callable[[bytes], bytes]) -> None:
         self.device = device
-        self.threads = len(os.sched_getaffinity(0)) if device == "cpu" else 1
+        most = max(2, int(min(room.available(), 1e15) / _ROOM_OF_A_THREAD))
+        self._processors = min(len(os.sched_getaffinity(0)), most)
+        self.threads = self._processors if device == "cpu" else 1
         self._tile = tiles.TILE if device == "cpu" else _ACCELERATOR_TILE
         self._fetch = fetch
         self._crew = Crew(self.threads)
+        self._turns = room.Turns(room.available)
         self._lock = threading.Lock()  # protects:
         self._networks: OrderedDict[bytes, loading.Network] = OrderedDict()
 
     def rebuild(self, request: protocol.Rebuild, avif: bytes, job: Running) -> tuple[protocol.Rebuilt, bytes]:
         try:
             recipe = recipe_format.decode(request.recipe)
-            view = reconstruction.rebuild(recipe, avif, self._infer(job))
+            with self._turn(recipe, job):
+                view = reconstruction.rebuild(recipe, avif, self._infer(job))
         except ImplausibleError as error:
             if self.device != "cpu":
                 raise DeviceFailedError(str(error)) from error
@@ -86,6 +99,7 @@ class NetworkHandler:
                 job.checkpoint,
                 reference_key=request.reference_key,
                 room=room.available(),
+                threads=self._processors,
                 refine=self._refine(job, request.policy),
             )
         except (Cancelled, JobFailedError, DeviceFailedError):
@@ -118,6 +132,12 @@ class NetworkHandler:
         out = io.BytesIO()
         large.save(out, "PNG")
         return out.getvalue()
+
+    def _turn(self, recipe: Recipe, job: Running) -> AbstractContextManager[None]:
+        pixels = recipe.width * recipe.height
+        if pixels <= _SMALL_MEGAPIXELS * 1e6:
+            return contextlib.nullcontext()
+        return self._turns.taking(_REBUILDING * pixels, lambda: not job.cancelled)
 
     def _infer(self, job: Running) -> Infer:
         def infer(sha256: bytes, pixels: Pixels) -> Pixels:

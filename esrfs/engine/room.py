@@ -1,10 +1,16 @@
-"""How much memory the engine may take: what the system has free, within the limits of the unit that it runs in."""
+"""How much memory the engine may take: what the system has free, within the limits of the unit that it runs in; and
+taking turns where that is too little for several reconstructions at once."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_LOOK_SECONDS = 0.5
+"""Between two looks at how much there is, and whether somebody still waits."""
 
 
 def available(proc: Path = Path("/proc"), cgroups: Path = _CGROUPS) -> float:
@@ -48,3 +54,30 @@ def _reclaimable(group: Path) -> int:
         if name == "inactive_file":
             return int(value)
     return 0
+
+
+class Turns:
+    """Reconstructions of large pictures, one after the other where memory is too short for two. Who is alone goes ahead
+    whatever there is: no read fails for this, and each waits for other reads only."""
+
+    def __init__(self, free: Callable[[], float]) -> None:
+        """``free()``: the bytes that there are."""
+        self._free = free
+        self._changed = threading.Condition()  # protects:
+        self._taken: list[float] = []
+        """Bytes, of those that go on now."""
+
+    @contextmanager
+    def taking(self, needed: float, is_wanted: Callable[[], bool]) -> Iterator[None]:
+        """Waits until there is room for ``needed`` bytes, or nobody else takes any, or it is no longer wanted."""
+        with self._changed:
+            # What the others take is counted as if they had none of it yet.
+            while self._taken and is_wanted() and self._free() < needed + sum(self._taken):
+                self._changed.wait(_LOOK_SECONDS)
+            self._taken.append(needed)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken.remove(needed)
+                self._changed.notify_all()

@@ -17,18 +17,22 @@ WHOLE_MEGAPIXELS = 16.0
 """Smaller pictures are coded as a whole. (No decoder smoothes edges between cells, and older ffmpeg shows the first
 cell only.)"""
 _CELL_MEGAPIXELS = 8.0
+_LONGEST_SIDE = 16_384
+"""Pixels of a picture, or of a cell, that is coded in one piece: AV1 ends at 65,536, libavif reads 32,768."""
+_LEAVES_MUCH = 4.0
+"""Megapixels from which on a step leaves more in the heap than the pages' return costs time."""
 _ALIGNMENT = 64
 """Pixels: an AV1 superblock, so that no cell begins within one."""
 
 
 def is_large(image: Image.Image) -> bool:
     """Whether a picture is to be coded in cells."""
-    return image.width * image.height > WHOLE_MEGAPIXELS * 1e6
+    return image.width * image.height > WHOLE_MEGAPIXELS * 1e6 or max(image.size) > _LONGEST_SIDE
 
 
 def give_memory_back(pixels: Pixels) -> None:
     """After a step on a large picture: what the step left in the heap would add to what the next one takes."""
-    if pixels.shape[0] * pixels.shape[1] > WHOLE_MEGAPIXELS * 1e6:
+    if pixels.shape[0] * pixels.shape[1] > _LEAVES_MUCH * 1e6:
         plain.give_memory_back()
 
 
@@ -46,8 +50,8 @@ def encode(image: Image.Image, encode_cell: Callable[[Image.Image], bytes]) -> b
 def _layout(width: int, height: int) -> tuple[int, int, int]:
     """Columns, and width and height of a cell: nearly square, and as equal as can be."""
     count = math.ceil(width * height / (_CELL_MEGAPIXELS * 1e6))
-    columns = max(1, round(math.sqrt(count * width / height)))
-    rows = math.ceil(count / columns)
+    columns = max(min(count, round(math.sqrt(count * width / height))), math.ceil(width / _LONGEST_SIDE))
+    rows = max(math.ceil(count / columns), math.ceil(height / _LONGEST_SIDE))
     cell_width = _aligned(width / columns)
     return math.ceil(width / cell_width), cell_width, _aligned(height / rows)
 

@@ -35,6 +35,8 @@ _SOF_NAMES = {
     0xCF: "hierarchical lossless arithmetic-coded",
     0xF7: "JPEG-LS",
 }
+_LONGEST_SIDE = 65_500
+"""Pixels: libjpeg's own limit, a little less than the format's."""
 _MOST_SCANS = 200
 """Encoders write 3 to 20; each takes a pass over all of the picture, and hostile files have thousands."""
 _MOST_SEGMENTS = 1 << 16
@@ -222,6 +224,8 @@ def _components(frame: Segment) -> tuple[int, int, list[Component]]:
         raise _broken("its frame header says 0 pixels")
     if not height:
         raise _passed("this JPEG tells its height after its pixels")
+    if max(width, height) > _LONGEST_SIDE:
+        raise _passed(f"this JPEG has a side of more than {_LONGEST_SIDE:,} pixels, which libjpeg does not read")
     if count not in (1, 3):
         raise _passed("this JPEG is CMYK" if count == 4 else f"this JPEG has {count} components")
     components = []

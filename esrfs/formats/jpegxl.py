@@ -7,6 +7,7 @@ version of an encoder. Metadata is kept aside by the caller: the JPEG that goes 
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from esrfs.formats.view import TAIL_BYTES, Unsupported
 
 SIGNATURE = b"\x00\x00\x00\x0cJXL \r\n\x87\n"
 
+_BYTES, _OF_THE_FILE, _OF_A_PIXEL = 200_000_000, 5, 20
+"""Memory that transcoding takes at most (``tests.peaks``): libjxl holds all coefficients."""
 _HEAD_BLOCKS = (65536, 16384, 4096)
 _LITTLE = 100
 """The file's size divided by this is little."""
@@ -47,14 +50,18 @@ class Transcoded:
     height: int
 
 
-def transcode(data: bytes, max_megapixels: float) -> Transcoded:
-    """Transcode a JPEG file, and check that it comes back byte for byte.
+def transcode(data: bytes, max_megapixels: float, room: float = math.inf) -> Transcoded:
+    """Transcode a JPEG file, in ``room`` bytes of memory, and check that it comes back byte for byte.
 
     Raises Unsupported: BROKEN for what is no sound JPEG, UNSUPPORTED_KIND for what JPEG XL doesn't hold (CMYK,
-    arithmetic coding, 12 bits …), TOO_LARGE, ERROR if another JPEG came back.
+    arithmetic coding, 12 bits …), TOO_LARGE, NO_MEMORY, ERROR if another JPEG came back.
     """
     kept, width, height, start = _before_scan(data)
     check_dimensions(width, height, max_megapixels, "jpeg")
+    needed = _BYTES + _OF_THE_FILE * len(data) + _OF_A_PIXEL * width * height
+    if needed > room:
+        message = f"it takes {needed / 1e9:.1f} GB of memory, and {room / 1e9:.1f} GB are free now"
+        raise Unsupported(Reason.NO_MEMORY, message, "jpeg")
     end = _end_of_scans(data, start)
     bare = b"".join((b"\xff\xd8", *kept, data[start:end], b"\xff\xd9"))
     try:

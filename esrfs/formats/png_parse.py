@@ -26,6 +26,9 @@ _MOST_CHUNKS = 1 << 18
 """Encoders write some kilobytes of pixels in each."""
 _PIECE = 1 << 20
 """Of the compressed pixels that are inflated at once: what is not yet inflated is copied each time."""
+_INFLATED = 1 << 22
+"""Bytes that come of it at once, at most."""
+_CUT = "its compressed pixels are cut, or more than its header says"
 
 Mode = OneOf["L", "LA", "RGB", "RGBA"]
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -220,39 +223,47 @@ def passes(width: int, height: int, interlaced: bool) -> Iterator[Pass]:
 
 def _check_stream(stream: bytes, passes: Iterator[Pass], bits: int) -> None:
     """That the compressed pixels (``bits`` each) are whole, neither more nor less than the header says, with filters
-    that exist."""
-    inflater = zlib.decompressobj()
-    pieces = (memoryview(stream)[start : start + _PIECE] for start in range(0, len(stream), _PIECE))
-
-    def inflated(count: int) -> bytes:
-        """The next ``count`` bytes; fewer at the end."""
-        parts = []
-        while count and not inflater.eof:
-            given = inflater.unconsumed_tail or next(pieces, b"")
-            part = inflater.decompress(given, count)
-            if not given and not part:
-                break
-            parts.append(part)
-            count -= len(part)
-        return b"".join(parts)
-
+    that exist. A row may be as long as a picture: they come in pieces that know nothing of rows."""
+    pieces = _inflated(stream)
+    piece, at = b"", 0
     try:
         for part in passes:
             row = 1 + (part.width * bits + 7) // 8
-            # whole rows at a time bound the memory, and put each row's filter byte at a known place
-            most = max(1, (1 << 22) // row)
-            for done in range(0, part.height, most):
-                wanted = min(most, part.height - done) * row
-                rows = inflated(wanted)
-                if len(rows) < wanted:
-                    raise broken("its compressed pixels are cut, or more than its header says")
-                if any(value > 4 for value in set(rows[::row])):
+            due, filter_at = row * part.height, 0
+            while due:
+                if at == len(piece):
+                    piece, at = next(pieces, b""), 0
+                    if not piece:
+                        raise broken(_CUT)
+                end = min(len(piece), at + due)
+                if any(value > 4 for value in set(piece[at + filter_at : end : row])):
                     raise broken("a row has a filter that does not exist")
-        more = inflated(1)
+                filter_at = (filter_at - (end - at)) % row
+                due -= end - at
+                at = end
+        if at < len(piece) or next(pieces, b""):
+            raise broken(_CUT)
     except zlib.error as error:
         raise broken(f"its compressed pixels are damaged ({error})") from error
-    if more or not inflater.eof or inflater.unused_data or next(pieces, None) is not None:
-        raise broken("its compressed pixels are cut, or more than its header says")
+
+
+def _inflated(stream: bytes) -> Iterator[bytes]:
+    """The content of a zlib stream in pieces of at most ``_INFLATED`` bytes. Raises zlib.error, and Unsupported if the
+    stream is cut or goes on after its end."""
+    inflater = zlib.decompressobj()
+    given: bytes | memoryview = b""
+    for start in range(0, len(stream), _PIECE):
+        given = memoryview(stream)[start : start + _PIECE]
+        while given and not inflater.eof:
+            if piece := inflater.decompress(given, _INFLATED):
+                yield piece
+            given = inflater.unconsumed_tail
+        if given:
+            break
+    while not inflater.eof and (piece := inflater.decompress(b"", _INFLATED)):
+        yield piece
+    if not inflater.eof or inflater.unused_data or given:
+        raise broken(_CUT)
 
 
 def broken(what: str) -> Unsupported:

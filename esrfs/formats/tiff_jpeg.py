@@ -33,6 +33,8 @@ T = TypeVar("T")
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _LONGEST_TABLES = 1 << 14
 """Bytes; four tables of each sort take 2.2 kB."""
+_MOST_TABLES = 32
+"""Segments of them: they are read again for each strip or tile."""
 _FROM_TABLE_CLASS = {0: slice(1, 29), 1: slice(30, None)}
 """Where the standard DC and AC tables lie in ``HUFFMAN_GRAY`` and ``HUFFMAN_COLOUR``, without their numbers."""
 
@@ -164,9 +166,11 @@ def _check_tables(tables: bytes) -> None:
         raise _passed("has unusually large JPEG tables")
     if not (tables.startswith(_SOI) and tables.endswith(_EOI)):
         raise _broken("its JPEG tables are cut")
-    for segment in _shared(tables):
+    for number, segment in enumerate(_shared(tables)):
         if segment.marker not in (DQT, DHT):
             raise _passed("has more than tables among its JPEG tables")
+        if number == _MOST_TABLES:
+            raise _passed("has unusually many JPEG tables")
 
 
 def _shared(tables: bytes) -> Iterator[Segment]:

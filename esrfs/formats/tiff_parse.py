@@ -26,6 +26,8 @@ _MOST_VALUES = 1 << 18
 the room, and the mount's process reads them, too.)"""
 _LARGEST_TILE = 1 << 24
 """Pixels, of a picture that has no more."""
+_TILES_OF_PICTURE = 4
+"""How many times as many pixels as the picture its tiles have at most, unless they are few: each is coded whole."""
 NONE, LZW, JPEG, DEFLATE, OLD_DEFLATE = 1, 5, 7, 8, 32946
 _COMPRESSIONS = {
     2: "CCITT fax",
@@ -145,7 +147,10 @@ def _parse(data: bytes) -> Structure:
         raise _broken("its header says 0 pixels")
     if tiled and part_width * part_height > max(width * height, _LARGEST_TILE):
         raise _passed("has tiles that are larger than its picture")
-    expected = -(-width // part_width) * -(-height // part_height) * (samples if planar else 1)
+    cover = -(-width // part_width) * -(-height // part_height)
+    if tiled and cover * part_width * part_height > max(_TILES_OF_PICTURE * width * height, _LARGEST_TILE):
+        raise _passed("has tiles that reach far beyond its picture")
+    expected = cover * (samples if planar else 1)
     _check_places(places, expected, len(data))
     return Structure(
         width=width,
