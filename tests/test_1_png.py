@@ -278,3 +278,20 @@ def test_pngcheck_accepts_views(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "view.png"
     path.write_bytes(view.expand())
     subprocess.run(["pngcheck", "-q", str(path)], check=True)
+
+
+def test_of_a_large_picture_no_level_is_tried_that_readers_would_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = png_bytes()
+    tried: list[int] = []
+
+    def stream(coding: recipe.PngCoding, *_: object) -> bytes:
+        tried.append(coding.compress_level)
+        return bytes(len(original))
+
+    monkeypatch.setattr(png, "_stream", stream)
+    for most, levels in (({3: 1.0, 6: 1.0, 9: 1.0}, [3, 6, 9]), ({3: 1.0, 6: 0.02, 9: 0.02}, [3])):
+        monkeypatch.setattr(png, "_QUICK_MEGAPIXELS", most)
+        tried.clear()
+        with pytest.raises(formats.DoesNotFit):
+            formats.fit_view(formats.split(original, LIMIT), softer(picture()))
+        assert tried == levels

@@ -182,3 +182,27 @@ def test_a_quality_that_libwebp_can_not_write_does_not_fit(most: int, monkeypatc
     assert isinstance(view.coding, WebpCoding)
     assert 30 <= view.coding.quality <= most
     assert len(view.expand()) == len(original)
+
+
+def test_a_lossless_picture_that_readers_would_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libwebp takes a second for each megapixel, and after two minutes a read fails."""
+    original = CASES["lossless"]
+    tried: list[int] = []
+
+    def stream(coding: WebpCoding, *_: object) -> bytes:
+        tried.append(coding.method)
+        return bytes(len(original))
+
+    monkeypatch.setattr(webp, "_stream", stream)
+    pixels = picture()
+    for most, methods in (((1.0, 1.0), [4, 6]), ((1.0, 0.02), [4])):
+        monkeypatch.setattr(webp, "_QUICK_MEGAPIXELS", most)
+        tried.clear()
+        with pytest.raises(formats.DoesNotFit):
+            formats.fit_view(formats.split(original, LIMIT), np.asarray(pixels))
+        assert tried == methods
+    monkeypatch.setattr(webp, "_QUICK_MEGAPIXELS", (0.02, 0.02))
+    with pytest.raises(formats.Unsupported, match="readers would wait") as error:
+        formats.split(original, LIMIT)
+    assert error.value.reason is Reason.UNSUPPORTED_KIND
+    assert not formats.split(CASES["lossy"], LIMIT).lossless, "lossy ones are quick"

@@ -20,6 +20,7 @@ of a transparent colour (tRNS), those of palette entries that are not opaque.
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zlib
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ from esrfs.formats.view import (
 
 LEVELS = (3, 6, 9)
 """zlib levels that are tried in this order until the view fits: its size is given, so the fastest is the best."""
+_QUICK_MEGAPIXELS = {3: math.inf, 6: 64.0, 9: 8.0}
+"""Up to which each is tried: readers wait for it. A megapixel takes 0.2, 0.4 and 2 seconds, noise 8 by the last."""
 
 _FILL = b"esRF"
 _FILL_DATA = 1 << 20
@@ -144,6 +147,8 @@ def _fit(split: PngSplit, pixels: Pixels, note: Note) -> FittedView:
     exact = _exact(first, split.width, split.height)
     for dither in (True, False) if split.structure.colours else (False,):
         for level in LEVELS:
+            if split.width * split.height > _QUICK_MEGAPIXELS[level] * 1e6:
+                break
             coding = msgspec.structs.replace(first, compress_level=level, dither=dither)
             stream = _stream(coding, base, exact)
             free = split.structure.scan_end - split.structure.scan_start - CHUNK_BYTES - len(stream)

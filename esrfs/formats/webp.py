@@ -47,8 +47,11 @@ from esrfs.formats.view import (
 
 QUALITIES = (30, 50, 65, 75, 80, 85, 90, 95)
 """Of lossy pictures."""
-EFFORTS = ((4, 75), (6, 100))
-"""libwebp's method and quality for lossless pictures, tried in this order until the view fits."""
+EFFORTS = ((4, 75), (6, 75))
+"""libwebp's method and quality for lossless pictures, tried in this order until the view fits. (A quality of 100 takes
+some 20 times as long as the second, and gains nothing; views that were made by it are still written so.)"""
+_QUICK_MEGAPIXELS = (48.0, 24.0)
+"""Up to which each is tried: readers wait for it, about a second for each megapixel."""
 
 _HEADER = 8
 """Bytes of a chunk before its data."""
@@ -132,6 +135,8 @@ def split(data: bytes, max_megapixels: float) -> WebpSplit:
         raise _broken("its alpha is at a wrong place")
     width, height, transparent = _lossless_header(picture.data) if lossless else _lossy_header(picture.data)
     check_dimensions(width, height, max_megapixels, "webp")
+    if lossless and width * height > _QUICK_MEGAPIXELS[0] * 1e6:
+        raise _passed(f"is lossless and of more than {_QUICK_MEGAPIXELS[0]:g} megapixels, which readers would wait for")
     if extended:
         canvas = (_u24(chunks[0].data[4:7]) + 1, _u24(chunks[0].data[7:10]) + 1)
         if canvas != (width, height):
@@ -200,7 +205,9 @@ def _lossless(split: WebpSplit, image: Image.Image, room: int) -> tuple[WebpCodi
     if split.mode == "RGBA":
         coding = msgspec.structs.replace(coding, alpha=zlib.compress(split.pixels()[:, :, 3].tobytes(), 9))
     alpha = _alpha_image(coding, split.width, split.height)
-    for method, quality in EFFORTS:
+    for (method, quality), most in zip(EFFORTS, _QUICK_MEGAPIXELS, strict=True):
+        if split.width * split.height > most * 1e6:
+            break
         coding = msgspec.structs.replace(coding, method=method, quality=quality)
         stream = _stream(coding, image, alpha)
         if len(stream) <= room:
