@@ -317,7 +317,8 @@ def damaged_files() -> Iterator[tuple[str, bytes, Reason]]:
     yield "4:4:0", good[: frame + 11] + b"\x12" + good[frame + 12 :], Reason.UNSUPPORTED_KIND
     yield "4:1:1", good[: frame + 11] + b"\x41" + good[frame + 12 :], Reason.UNSUPPORTED_KIND
     yield "height after", good[: frame + 5] + b"\0\0" + good[frame + 7 :], Reason.UNSUPPORTED_KIND
-    yield "limit", good[: frame + 5] + b"\xff\xff\xff\xff" + good[frame + 9 :], Reason.TOO_LARGE
+    yield "limit", good[: frame + 5] + b"\xff\x00\xff\x00" + good[frame + 9 :], Reason.TOO_LARGE
+    yield "65,500", good[: frame + 5] + b"\xff\xff\xff\xff" + good[frame + 9 :], Reason.UNSUPPORTED_KIND
 
 
 @pytest.mark.parametrize(
