@@ -108,7 +108,7 @@ def test_a_large_picture_is_judged_by_its_mosaic_first(monkeypatch: pytest.Monke
         given.append(seconds)
         return refined(sha256, full, small, noise, 1e6)
 
-    assert stored(compact(note)) < stored(plain())
+    assert stored(compact(note)) < stored(compact(None))
     assert len(given) == 2
     assert given[0] < given[1] < Policy().refinement_seconds
     given.clear()
