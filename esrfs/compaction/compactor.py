@@ -75,6 +75,9 @@ _SMALL = 2_000_000
 """Pixels up to which another pass costs little, whatever the patience."""
 _WAYS_OF_SMALL, _ALIKE = 2, 1.03
 """So many ways are carried out for them, those that take at most so much more than the best, as the trials tell."""
+_MISLED = 1.1
+"""A way that takes so much more than its curve said was chosen by mistake: others are compared with what it takes.
+(Where colour is what it passes least by, headroom hardly grows with the level, and a curve says little.)"""
 _TINY = 1_000_000
 """Pixels up to which the encoder is tried in another tuning, too. A recipe weighs 1 to 3 % of such a picture's blob."""
 _OTHER_TUNING = {"sharpness": "5"}
@@ -314,14 +317,20 @@ class _Compaction:
     def run(self, ways: list[_Way]) -> Outcome:
         patience = planner.PATIENCE[self.policy.patience]
         allowed = (1 - self.policy.min_saving) * len(self.original)
-        done: list[tuple[float, Outcome]] = []
+        done: list[tuple[float, int, Outcome]] = []
         objections: list[tuple[Reason, str]] = []
         some = mosaic.mosaic(self.picture.pixels)
         sample = self.picture if some is self.picture.pixels else _Picture(some, self.threads)
         promising = self._promising(sample, ways, allowed)
-        wanted = max(patience.ways, _WAYS_OF_SMALL) if self._pixels < _SMALL and patience.both else patience.ways
+        several = self._pixels < _SMALL and patience.both
+        wanted = max(patience.ways, _WAYS_OF_SMALL) if several else patience.ways
         for way, curve in promising:
-            if len(done) >= patience.ways and curve.size > _ALIKE * promising[0][1].size:
+            least = promising[0][1].size
+            if several and done and (found := math.exp(min(done)[0])) > _MISLED * least:
+                least = found
+            elif len(done) == wanted:
+                break
+            if len(done) >= patience.ways and curve.size > _ALIKE * least:
                 break
             try:
                 outcome = self._carry_out(way, curve, patience, allowed)
@@ -333,10 +342,8 @@ class _Compaction:
                 objections.append((outcome.reason, outcome.message))
                 continue
             assert outcome.score is not None
-            done.append((curve.weight(_stored(outcome), outcome.score - self.wanted.whole), outcome))
-            if len(done) == wanted:
-                break
-        best = min(done, key=lambda each: each[0])[1] if done else None
+            done.append((curve.weight(_stored(outcome), outcome.score - self.wanted.whole), len(done), outcome))
+        best = min(done)[-1] if done else None
         best = self._refined(sample, promising, best, patience, allowed) or best
         if best is not None:
             return best
