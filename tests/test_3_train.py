@@ -21,7 +21,10 @@ from typer.testing import CliRunner
 
 from esrfs.compaction import compactor, planner, shrinking
 from esrfs.evaluate.measures import Original
-from esrfs.networks import architectures, loading
+from esrfs.evaluate.niqe import niqe
+from esrfs.metrics.fidelity import y_psnr
+from esrfs.networks import architectures, loading, registry
+from esrfs.networks.interpolation import interpolate
 from esrfs.networks.spec import NetworkSpec
 from esrfs.train import curves, discriminators, features, log, loop, measure, photographs, store_degradation
 from esrfs.train.photographs import Pixels
@@ -489,3 +492,25 @@ def test_the_shipped_lite_network_beats_bicubic(kodak: list[Path]) -> None:
             values.append(gain.psnr - gain.bicubic)
     assert np.mean(gains[None]) > 1.0
     assert np.mean(gains[51]) > 1.0
+
+
+def test_the_shipped_pair_goes_from_fidelity_to_texture() -> None:
+    """On what a store makes of photographs: step by step less PSNR, and at the end sharper and more natural."""
+    files = [(registry.shipped_directory() / f"lite-x2{part}.safetensors").read_bytes() for part in ("", "-texture")]
+    shrinker = loading.load(registry.find("shrink-lite-x2").read_bytes())
+    fulls = [np.asarray(photograph(name).crop((0, 0, 448, 300))) for name in ("astronaut", "chelsea", "coffee")]
+    smalls = [
+        shrinker(shrinking.pack(full, shrinking.reduced(full, 2), 2, shrinking.alike(44))[None])[0] for full in fulls
+    ]
+    decoded = [store_degradation.decode(store_degradation.code(small, 44)) for small in smalls]
+    psnr, unnatural, sharp = [], [], []
+    for texture in (0, 0.25, 0.5, 0.75, 1):
+        network = loading.load(interpolate(*files, texture, "between"))
+        views = [network(small[None])[0] for small in decoded]
+        psnr.append([y_psnr(full, view) for full, view in zip(fulls, views, strict=True)])
+        unnatural.append(np.mean([niqe(view) or 0 for view in views]))
+        edges = [np.asarray(Image.fromarray(view).convert("L").filter(ImageFilter.FIND_EDGES)) for view in views]
+        sharp.append(np.mean([np.square(edge.astype(float)).mean() for edge in edges]))
+    assert all(np.diff(np.mean(psnr, axis=1)) < 0), psnr
+    assert unnatural[-1] < unnatural[0], unnatural
+    assert sharp[-1] > sharp[0], sharp
