@@ -1,5 +1,5 @@
-"""What a picture's kind costs: palettes, AVIF sources, and the fit of JPEG views (and of sharper ones), on parts of
-Kodak's pictures.
+"""What a picture's kind costs: palettes, AVIF sources, and the fit of JPEG views (of sharper ones, and of those with
+texture, too), on parts of Kodak's pictures.
 
 ``python -m benchmarks.formats [FOLDER]`` (default ../shared/data/eval/kodak24) prints, for each, the bytes of a blob's
 picture as a share of the original's, and SSIMULACRA2 against the original.
@@ -16,16 +16,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
+from benchmarks import texture
 from esrfs import formats
 from esrfs.blob.recipe import JpegCoding
 from esrfs.compaction.compactor import encode_avif
 from esrfs.formats import jpeg
 from esrfs.metrics.ssimulacra2 import Reference
+from esrfs.networks import loading, registry
 
 _NUMBERS = (5, 13, 23)
 _PART = (0, 0, 512, 384)
 _LIMIT = 10.0
 _QUALITIES = (30, 40, 50, 60, 70, 80)
+_LEVEL = 44
+"""Of the planner, where pictures are shrunk."""
 
 
 def _encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -137,6 +141,33 @@ def _sharper(source: Image.Image) -> None:
         )
 
 
+def _textured(source: Image.Image) -> None:
+    """What it costs to make a picture fit that a network of texture has rebuilt."""
+    networks = texture.between(*(registry.find(name).read_bytes() for name in ("lite-x2", "lite-x2-texture")))
+    shrinker = loading.load(registry.find("shrink-lite-x2").read_bytes())
+    for quality, optimised in itertools.product((30, 50, 75, 90), (False, True)):
+        original = _encoded(source, "JPEG", quality=quality, optimize=optimised)
+        split = formats.split(original, _LIMIT)
+        reference = Reference(split.pixels())
+        small = texture.coded(split.pixels(), shrinker, _LEVEL, 2)
+        for much, network in networks.items():
+            pixels = network(small[None])[0]
+            try:
+                view = formats.fit_view(split, pixels)
+            except formats.DoesNotFit:
+                told = "does not fit"
+            else:
+                assert isinstance(view.coding, JpegCoding)
+                score = reference.compare(formats.decode(view.expand(), _LIMIT)).score
+                told = f"{score:.1f} (softened by {view.coding.softened:g}, tables × {view.coding.coarser:g})"
+            tables = "its own Huffman tables" if optimised else "the standard ones"
+            print(
+                f"    texture {much:g}, JPEG of quality {quality}, {tables}: rebuilt "
+                f"{reference.compare(pixels).score:.1f}, as a view {told}",
+                flush=True,
+            )
+
+
 def _only_coarser(_: list[int]) -> Iterator[tuple[float, float]]:
     yield from ((factor, 0.0) for factor in (1.0, *jpeg.COARSER))
 
@@ -157,6 +188,7 @@ def main() -> None:
         _avif_sources(source)
         _fit(source)
         _sharper(source)
+        _textured(source)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def main() -> None:
     versions = {
         name: versions_of(full, networks, small)
         for name, full in originals.items()
-        for small in [_coded(full, shrinker, arguments.level, scale)]
+        for small in [coded(full, shrinker, arguments.level, scale)]
     }
     clean = {name: versions_of(full, networks, shrinking.reduced(full, scale)) for name, full in originals.items()}
     _print(originals, versions, clean, arguments.level)
@@ -168,7 +168,8 @@ def _niqe(pixels: Pixels) -> float:
     return float("nan") if found is None else found
 
 
-def _coded(full: Pixels, shrinker: Network, level: int, scale: int) -> Pixels:
+def coded(full: Pixels, shrinker: Network, level: int, scale: int) -> Pixels:
+    """The small picture as a store's blob gives it back."""
     packed = shrinking.pack(full, shrinking.reduced(full, scale), scale, shrinking.alike(level))
     return decode(code(shrinker(packed[None])[0], level))
 

@@ -1,6 +1,7 @@
 """Views of pictures sharper than their originals: networks of texture > 0 make them, and they may not fit.
 
-No adversarial network is shipped, so one is made: the default network with other slopes, whose pictures are noisier.
+What the shipped network of texture makes mostly fits (docs/formats.md). So one is made whose pictures don't: the
+default network with other slopes, which is noisier.
 """
 
 from __future__ import annotations
