@@ -7,7 +7,6 @@ very bytes, encoded as a view, decoded again, and measured by the gate.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
 import math
@@ -15,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 
 import msgspec
@@ -532,7 +531,7 @@ class _Compaction:
         cells.give_memory_back(self.picture.pixels)
         pixels = self._rebuild(self.picture, way, avif)
         self.checkpoint()
-        fitted = formats.fit_view(self.split, pixels, functools.partial(self._note_for_fill, way, level, avif))
+        fitted = formats.fit_view(self.split, pixels, partial(self._note_for_fill, way, level, avif))
         again = formats.encode_scan(fitted.coding, self.split.width, self.split.height, pixels, len(fitted.scan))
         del pixels  # large
         if again != fitted.scan:
@@ -673,9 +672,7 @@ def encode_avif(
     they were (``chroma.py``); ``tuning``: libaom's options, where this libaom knows them. The bytes don't depend on the
     machine's number of processors. Large pictures are coded in cells, which bounds the memory."""
     if cells.is_large(image):
-        encode = functools.partial(
-            encode_avif, quality=quality, subsampling=subsampling, speed=speed, lift=lift, tuning=tuning
-        )
+        encode = partial(encode_avif, quality=quality, subsampling=subsampling, speed=speed, lift=lift, tuning=tuning)
         return cells.encode(image, encode)
     if lift:
         image = chroma.lifted(image)
@@ -699,7 +696,7 @@ def encode_avif(
     return out.getvalue()
 
 
-@functools.cache
+@cache
 def _tuning() -> dict[str, str]:
     """libaom's tuning for the gate's metric, where this libaom has it: 4.5 % fewer bytes than its default (DESIGN
     10)."""

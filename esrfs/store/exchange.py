@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from esrfs.store import linux
 from esrfs.store.staging import look
 
+IMPOSSIBLE = (errno.EACCES, errno.EPERM, errno.EXDEV, errno.EINVAL)
+"""What an exchange answers where it can't be done: a protected directory, an immutable file, another filesystem."""
+
 _ROUNDS = 32
 
 

@@ -43,8 +43,6 @@ FAULT_POINTS = (
 
 _CHUNK = 1 << 20
 _ATTEMPTS = 4
-_FIXED = (errno.EACCES, errno.EPERM, errno.EXDEV, errno.EINVAL)
-"""What an exchange answers where it can't be done: a protected directory, an immutable file, another filesystem."""
 
 
 def materialise(
@@ -162,7 +160,7 @@ def _exchange_for_plain(work: _PlainWork, path: str, directory: int, name: str, 
         store.ledger.append_end(Undone(job=intent.job, why=str(error)))
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return False
-        if error.errno in _FIXED:
+        if error.errno in exchange.IMPOSSIBLE:
             work.names_fixed = True
             return False
         raise

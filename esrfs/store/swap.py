@@ -51,9 +51,6 @@ FAULT_POINTS = (
 """Of :func:`swap_in`, in the order in which they are reached."""
 
 _CHUNK = 1 << 20
-_ATTEMPTS = 4
-_FIXED = (errno.EACCES, errno.EPERM, errno.EXDEV, errno.EINVAL)
-"""What an exchange answers where it can't be done: a protected directory, an immutable file, another filesystem."""
 
 
 class SwapStatus(enum.StrEnum):
@@ -463,7 +460,7 @@ def _giving_up_for_the_name() -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             raise _GiveUp(SwapStatus.CHANGED, "it was renamed or deleted while it was being compacted") from None
-        if error.errno in _FIXED:
+        if error.errno in exchange.IMPOSSIBLE:
             raise _GiveUp(
                 SwapStatus.UNAVAILABLE, f"this name can't be exchanged: {os.strerror(error.errno)}"
             ) from error

@@ -127,7 +127,7 @@ def structure_of(full: Pixels) -> Structure:
 
 
 def plain_avif(full: Pixels, reference: Reference, structure: Structure) -> list[Version]:
-    """Full-size AVIF as compaction encodes it at scale 1, by rising level."""
+    """Full-size AVIF with compaction's encoder and tuning (but colours as they are), by rising level."""
 
     def version(level: int) -> Version:
         avif = code(full, level)
