@@ -24,6 +24,7 @@ class Folders:
         self._report = report
         self._unfinished: dict[str, tuple[Metadata, Row]] = {}
         """Those that get their metadata when their content is there."""
+        self._unwritten: list[Row] = []
         self._known: set[str] = set()
         self._made: set[str] = set()
 
@@ -32,13 +33,15 @@ class Folders:
 
     def open(self, path: str, batch: Batch) -> Folder:
         """The folder ``path``, as long as the batch takes; made with all above it where it is missing. Raises
-        OSError."""
+        OSError.
+
+        Rows of those that were made have to be written (``take_unwritten``) before anything comes into them.
+        """
         if path in batch.folders:
             return batch.folders[path]
-        rows: list[Row] = []
 
         def made(each: str) -> None:
-            rows.append(self._begin(each))
+            self._unwritten.append(self._begin(each))
             self._made.add(each)
             self._report.folders += 1
 
@@ -49,14 +52,17 @@ class Folders:
         except OSError:
             source_fd = -1
         folder = batch.folders[path] = Folder(fd, source_fd, path in self._made)
-        if rows:
-            self._route.journal.write(rows)
-        elif path and path not in self._known and path not in self._unfinished:
+        if path and path not in self._known and path not in self._unfinished:
             known = self._route.journal.latest(self._route.source, path, to.path)
             if known is not None and known.made and known.kind == "directory":
                 self._begin(path, known)  # something new comes into it, so it gets its times again
         self._known.add(path)
         return folder
+
+    def take_unwritten(self) -> list[Row]:
+        """Rows of folders that were made since, for the journal."""
+        rows, self._unwritten = self._unwritten, []
+        return rows
 
     def _begin(self, path: str, row: Row | None = None) -> Row:
         fd = beneath(self._route.source_fd, path, os.O_RDONLY | os.O_DIRECTORY)
@@ -109,6 +115,7 @@ class Folders:
             row.state = "done"
             done.append(row)
         self._unfinished.clear()
+        self._unwritten.clear()
         self._known.clear()
         self._made.clear()
         return done

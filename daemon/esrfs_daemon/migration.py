@@ -207,7 +207,9 @@ class Migration:
                     continue
                 if work is not None:
                     batch.works.append(work)
-            self._journal.write([*self._unwritten, *(work.row for work in batch.works)])
+            self._journal.write(
+                [*self._unwritten, *self._folders.take_unwritten(), *(work.row for work in batch.works)]
+            )
             self._unwritten.clear()
             faults.reach("migrate.begun")
             together = [work for work in batch.works if not work.is_alone]
