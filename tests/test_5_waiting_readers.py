@@ -273,6 +273,21 @@ def test_the_time_limit_ends_a_wait_and_the_log_says_why(mount: GalleryMount, ga
         assert file.read(500) == vary(gallery, _NAME, 0).view[:500]
 
 
+def test_a_picture_that_takes_longer_than_anybody_waits_is_there_at_a_later_try(
+    mount: GalleryMount, gallery: Gallery
+) -> None:
+    """Else a large photograph could never be read on a small computer."""
+    paths = fill(mount, gallery, 1)
+    mount.expected += [r"cold/0\.jpg: not rebuilt within 3 s"]
+    mount.start("time_limit=3", faults="engine.rebuild=sleep:4.5")
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        paths[0].read_bytes()
+    until(lambda: mount.call("cache-show")["views"] == 1)
+    assert hashlib.sha256(paths[0].read_bytes()).hexdigest() == sha256(gallery, 0)
+    status = mount.status()
+    assert (status["engine_calls"], status["engine_restarts"]) == (1, 0)
+
+
 def test_a_failing_engine_is_tried_twice_and_then_the_read_fails(mount: GalleryMount, gallery: Gallery) -> None:
     paths = fill(mount, gallery, 1)
     mount.expected += [r"cold/0\.jpg: could not be rebuilt \(the engine ended twice", r"the engine ended \("]

@@ -55,6 +55,9 @@ Device = Literal["auto", "cpu", "cuda"]
 State = Literal["stopped", "starting", "idle", "busy"]
 
 _TRIES = 2
+_SLOWEST = 4.0
+"""Seconds for each megapixel of a view: a small computer takes no more. Killed sooner, a slow engine could never finish
+a large picture, and what it does besides would be lost each time."""
 _EXIT_SECONDS = 2.0
 """How long a worker whose connection closed may take to exit by itself; then it is killed."""
 
@@ -65,9 +68,10 @@ class EngineSettings:
     idle_seconds: float = 60.0
     """After so long without a job the worker ends and gives its memory (and the GPU) back."""
     time_limit: float = 120.0
-    """Seconds a reader waits before TimeoutError; a worker that reports nothing for so long to one is killed."""
+    """Seconds a reader waits before TimeoutError. A worker that reports nothing for twice as long, and ``_SLOWEST`` for
+    what it works on, is killed."""
     compaction_time_limit: float = 3600.0
-    """The same for compaction, which also waits for readers."""
+    """For compaction, which also waits for readers: both."""
     handler: str = "esrfs.engine.handler"
     """The module that does the work, in the worker; another one in tests."""
 
@@ -113,8 +117,11 @@ class _Job:
     """One piece of work, shared by all tickets for it. All fields are [lock], but ``done``, and the result once
     ``done`` is set."""
 
-    def __init__(self, number: int, prepare: Callable[[int, Lane], _Values], counter: str, key: bytes | None) -> None:
+    def __init__(
+        self, number: int, prepare: Callable[[int, Lane], _Values], counter: str, key: bytes | None, megapixels: float
+    ) -> None:
         self.number = number
+        self.megapixels = megapixels
         self.prepare = prepare
         self.counter = counter
         self.key = key
@@ -222,10 +229,15 @@ class Engine:
     # What callers ask for.
 
     def rebuild(
-        self, key: bytes, load: Callable[[], tuple[bytes, bytes]], lane: Lane = Lane.INTERACTIVE
+        self,
+        key: bytes,
+        load: Callable[[], tuple[bytes, bytes]],
+        lane: Lane = Lane.INTERACTIVE,
+        *,
+        megapixels: float = 0.0,
     ) -> Ticket[Rebuilt]:
-        """Reconstruct a view. All callers with the same ``key`` (the view's sha256) share one job until its
-        last ticket is released.
+        """Reconstruct a view, of so many ``megapixels``. All callers with the same ``key`` (the view's sha256) share
+        one job until its last ticket is released.
 
         ``load()`` gives (encoded recipe, AVIF); it is called when the job starts, and again for a retry, in the
         dispatcher's thread. What it raises becomes the message of an EngineError. Raises EngineError when the engine
@@ -236,9 +248,8 @@ class Engine:
             recipe, avif = load()
             return protocol.Rebuild(job=number, lane=lane, recipe=recipe), avif
 
-        return Ticket[Rebuilt](
-            self, self._submit(prepare, "reconstructions", lane, key), lane, self._settings.time_limit
-        )
+        job = self._submit(prepare, "reconstructions", lane, key, megapixels)
+        return Ticket[Rebuilt](self, job, lane, self._settings.time_limit)
 
     def compact_ticket(
         self,
@@ -335,14 +346,21 @@ class Engine:
 
     # Jobs.
 
-    def _submit(self, prepare: Callable[[int, Lane], _Values], counter: str, lane: Lane, key: bytes | None) -> _Job:
+    def _submit(
+        self,
+        prepare: Callable[[int, Lane], _Values],
+        counter: str,
+        lane: Lane,
+        key: bytes | None,
+        megapixels: float = 0.0,
+    ) -> _Job:
         with self._lock:
             if self._closed:
                 raise EngineError("esrfs is shutting down")
             job = self._by_key.get(key) if key is not None else None
             if job is None:
                 self._last_number += 1
-                job = _Job(self._last_number, prepare, counter, key)
+                job = _Job(self._last_number, prepare, counter, key, megapixels)
                 self._waiting[job.number] = job
                 if key is not None:
                     self._by_key[key] = job
@@ -508,7 +526,10 @@ class Engine:
                 return
 
     def _limit(self, job: _Job) -> float:
-        return self._settings.time_limit if job.lane == Lane.INTERACTIVE else self._settings.compaction_time_limit
+        """Seconds without a report after which the worker that has the job counts as hung."""
+        if job.lane == Lane.INTERACTIVE:
+            return 2 * self._settings.time_limit + _SLOWEST * job.megapixels
+        return self._settings.compaction_time_limit
 
     def _idle_for(self) -> float:
         """[lock] Seconds that the worker has had nothing to do; 0 when there is none, it is needed or just starting."""

@@ -4,8 +4,11 @@ Everything before and after the scan comes from the recipe, without the engine (
 reconstruction, whose result is a descriptor (of the cache's file, or of memory) that stays as it is until the last
 handle of the file is released: a program never sees bytes of two reconstructions.
 
-Locks: ``View._lock`` protects ``_content`` and ``_tickets``; nothing is waited for under it. ``Waits`` counts callbacks
-that wait.
+Who has waited too long gets EIO, but the reconstruction goes on, so that a picture which takes this machine longer than
+anybody may wait can be read at the next try.
+
+Locks: ``View._lock`` protects ``_content`` and ``_tickets``; nothing is waited for under it. ``Waits._lock`` protects
+its numbers: callbacks that wait, and reconstructions that go on.
 """
 
 from __future__ import annotations
@@ -33,6 +36,10 @@ log = logging.getLogger("esrfs.vfs")
 
 _LOOK_SECONDS = 0.5
 """How often a read that waits looks whether somebody still wants it."""
+_MOST_THAT_GO_ON = 4
+"""Reconstructions for which nobody waits any more: a library of large pictures must not pile up here."""
+_LONGEST = 3600.0
+"""Seconds that one may go on."""
 
 
 class Waits:
@@ -40,8 +47,9 @@ class Waits:
 
     def __init__(self, most: int, seconds: float) -> None:
         """At most ``most`` callbacks wait at once, none longer than ``seconds``."""
-        self._lock = threading.Lock()  # protects count
+        self._lock = threading.Lock()
         self.count = 0
+        self._going_on = 0
         self.most = most
         self.seconds = seconds
         self.ending = False
@@ -64,6 +72,18 @@ class Waits:
         finally:
             with self._lock:
                 self.count -= 1
+
+    def begin_to_go_on(self) -> bool:
+        """Whether one more reconstruction may go on without anybody; then say so when it ends."""
+        with self._lock:
+            if self.ending or self._going_on >= _MOST_THAT_GO_ON:
+                return False
+            self._going_on += 1
+            return True
+
+    def end_going_on(self) -> None:
+        with self._lock:
+            self._going_on -= 1
 
 
 class _Spans:
@@ -159,22 +179,54 @@ class View:
 
         Raises OSError: EIO if it fails, is out of time, or the mount ends; EINTR if the program was killed.
         """
+        goes_on = False
         try:
             with self._waits.slot(path), self._ticket(lane, handle) as ticket:
                 if self._content is not None:  # it came between the look and the ticket
                     return self._content
-                return self._keep(self._result(ticket), path)  # while the ticket is held, nobody asks for it again
+                try:
+                    rebuilt = self._result(ticket)
+                except TimeoutError:
+                    goes_on = self._go_on(path)  # while the ticket is held: without one it would be cancelled
+                    raise
+                return self._keep(rebuilt, path)  # while the ticket is held, nobody asks for it again
         except TimeoutError:
             log.error(
-                "%s: not rebuilt within %.0f s; the read fails with EIO. The blob is untouched.",
+                "%s: not rebuilt within %.0f s; the read fails with EIO. The blob is untouched. %s",
                 path,
                 self._waits.seconds,
+                "The work goes on, and a later try finds it done." if goes_on else "Try again when less is read.",
             )
             raise OSError(errno.EIO, os.strerror(errno.EIO)) from None
         except (EngineError, BlobDamaged, NotABlob) as error:
             if not self._waits.ending:
                 log.error("%s: could not be rebuilt (%s); the read fails with EIO. The blob is untouched.", path, error)
             raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
+
+    def _go_on(self, path: str) -> bool:
+        """Whether the reconstruction comes to its end, for the cache, though who asked has given up."""
+        if not self._waits.begin_to_go_on():
+            return False
+
+        def finish() -> None:
+            try:
+                rebuilt = ticket.wait(_LONGEST)
+                if not self._waits.ending:
+                    self._keep(rebuilt, path)
+            except (EngineError, TimeoutError, OSError) as error:
+                if not self._waits.ending:
+                    log.error("%s: could not be rebuilt after its reader gave up either (%s)", path, error)
+            finally:
+                ticket.release()
+                self._waits.end_going_on()
+
+        try:
+            ticket = self._rebuilding(Lane.READ_AHEAD)
+        except EngineError:  # the mount ends
+            self._waits.end_going_on()
+            return False
+        threading.Thread(target=finish, name="rebuilding-goes-on", daemon=True).start()
+        return True
 
     def _keep(self, rebuilt: Rebuilt, path: str) -> Content:
         if len(rebuilt.file) != self.size:
@@ -187,7 +239,7 @@ class View:
 
     @contextlib.contextmanager
     def _ticket(self, lane: Lane, handle: int) -> Iterator[Ticket[Rebuilt]]:
-        ticket = self._engine.rebuild(self.recipe.sha256_view, self._load, lane)
+        ticket = self._rebuilding(lane)
         with self._lock:
             self._tickets.setdefault(handle, set()).add(ticket)
         try:
@@ -198,6 +250,10 @@ class View:
                 if not self._tickets[handle]:
                     del self._tickets[handle]
             ticket.release()
+
+    def _rebuilding(self, lane: Lane) -> Ticket[Rebuilt]:
+        megapixels = self.recipe.width * self.recipe.height / 1e6
+        return self._engine.rebuild(self.recipe.sha256_view, self._load, lane, megapixels=megapixels)
 
     def _result(self, ticket: Ticket[Rebuilt]) -> Rebuilt:
         deadline = time.monotonic() + self._waits.seconds
