@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from esrfs.compaction.outcome import Outcome, Verdict
+from esrfs.compaction.outcome import Outcome, Reason, Verdict
 from esrfs.engine import protocol
 from esrfs.engine.errors import DeviceFailedError, JobFailedError
 from esrfs.engine.lanes import Running
@@ -29,7 +29,10 @@ class FakeHandler:
         return protocol.Rebuilt(job=request.job, sha256=hashlib.sha256(view).digest(), exact=True), view
 
     def compact(self, request: protocol.Compact, original: bytes, job: Running) -> Outcome:
-        said = self.obey(original.decode(), b"", job)
+        order = original.decode().rpartition("\0")[2]  # what comes before lets a file look like a picture
+        said = self.obey(order, b"", job)
+        if not order.startswith("echo"):
+            return Outcome(verdict=Verdict.REFUSED, reason=Reason.QUALITY, message="no picture, but an order")
         return Outcome(verdict=Verdict.COMPACTED, message=said.decode())
 
     def upscale(self, request: protocol.Upscale, image: bytes, job: Running) -> bytes:
@@ -51,6 +54,10 @@ class FakeHandler:
             case "crash":
                 raise KeyError(argument)
             case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "die-on":  # this device; the accelerator fails
+                if self.device != argument:
+                    raise DeviceFailedError("made up")
                 os.kill(os.getpid(), signal.SIGKILL)
             case "die-once":
                 if not Path(argument).exists():

@@ -60,7 +60,8 @@ def make_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeEngine]:
         begun = time.monotonic()
         engine.close()
         assert time.monotonic() - begun < 1.5
-    assert set(threading.enumerate()) <= threads_before
+    # The reader of a worker that ended by itself may be at its last line.
+    wait_until(lambda: set(threading.enumerate()) <= threads_before, 2)
     assert descriptors() - before == set()  # what others left may well be closed meanwhile
     assert not zombies_or_workers()
 
@@ -165,6 +166,37 @@ def test_a_job_that_kills_the_worker_twice_fails_alone(
     assert innocent.wait().file.read() == b"fine"
     assert order(engine, "echo", payload=b"z").wait().file.read() == b"z"
     assert engine.counters.restarts == 2
+
+
+def test_what_the_engine_ended_with_is_told(
+    make_engine: MakeEngine, tmp_path: Path, expect_log: Callable[[str], None]
+) -> None:
+    """Neither a job that others were beside, nor one that came to an engine which can't even start, is suspect."""
+    expect_log("engine ended|the engine can't start|engine: |accelerator failed")
+    engine = make_engine()
+    with pytest.raises(EngineError) as alone:
+        engine.compact(b"die", Policy(), {})
+    assert alone.value.ends == 2
+
+    compaction = engine.compact_ticket(f"work {tmp_path}/notes 60".encode(), Policy(), {})
+    wait_until((tmp_path / "notes").exists)
+    with pytest.raises(EngineError):
+        order(engine, "die").wait()
+    wait_until(lambda: (tmp_path / "notes").read_text().count("begin") == 2)
+    os.kill(int(order(engine, "pid").wait().file.read()), signal.SIGKILL)
+    with pytest.raises(EngineError, match="ended twice") as beside:
+        compaction.wait(20)
+    assert beside.value.ends == 1
+
+    broken = Engine(EngineSettings(handler="no_such_handler"), network_bytes)
+    with contextlib.closing(broken), pytest.raises(EngineError) as unready:
+        broken.compact(b"echo", Policy(), {})
+    assert unready.value.ends == 0
+
+    with_accelerator = make_engine(device="cuda")
+    with pytest.raises(EngineError) as failed:
+        with_accelerator.compact(b"die-on cpu", Policy(), {})
+    assert failed.value.ends == 1
 
 
 def test_an_idle_worker_that_is_killed_is_no_failure(

@@ -1,24 +1,29 @@
 """The scheduler's walk of a store: what it finds, and how the catalog follows files that were moved or deleted behind
-the mount; and how compaction stops for a full disk, and goes on."""
+the mount; how compaction stops for a full disk, and goes on; and what it does when a photograph ends the engine."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
 import pytest
 
-from esrfs.engine.client import Engine
+from esrfs.compaction.outcome import LOSSLESS, Policy
+from esrfs.engine.client import Engine, EngineSettings
 from esrfs.store.catalog import Catalog, Entry
 from esrfs.store.identity import Identity
 from esrfs.store.initialise import init
 from esrfs.store.layout import Store, open_store
+from esrfs.upkeep import compact as compact_module
 from esrfs.upkeep import scheduler as scheduler_module
 from esrfs.upkeep.claims import Claims
 from esrfs.upkeep.compact import CompactionUnavailable, Workshop
+from esrfs.upkeep.explain import explain
 from esrfs.upkeep.scheduler import Scheduler
 
 ExpectLog = Callable[[str], None]
@@ -174,3 +179,157 @@ def test_what_failed_waits_for_somebody(full: Full, expect_log: ExpectLog) -> No
     assert look_again(scheduler) == "stopped: the store's disk failed"
     scheduler.resume()
     assert look_again(scheduler) == "off"
+
+
+# ---- photographs that end the engine
+
+ENGINE_ENDED = r"the engine ended|not compacted, the engine failed"
+
+
+def put(store: Store, name: str, order: str) -> None:
+    """A file that looks like a photograph, with which the fake engine does as told."""
+    (Path(store.path) / name).write_bytes(b"BM" + bytes(24) + order.encode())
+
+
+class Compacting:
+    """A scheduler with an engine that obeys, on a store; once more after a restart of the mount."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        if not (place / "store").exists():
+            init(str(place / "store"), policy=Policy(preset=LOSSLESS))
+        self.store = open_store(str(place / "store"))
+        self.catalog = Catalog(str(place / "catalog"))
+        self.engine = Engine(EngineSettings(handler="fake_engine_handler"), lambda _: b"")
+        workshop = Workshop(self.store, self.engine, self.catalog, Claims(), lambda: True)
+        self.scheduler = Scheduler(workshop, quiet_seconds=0.0)
+
+    def work(self) -> Compacting:
+        """Come to every file that waits, as often as it waits."""
+        self.scheduler._next_walk = 0.0
+        for _ in range(10):
+            for waiting in self.scheduler._queue.values():
+                waiting.due = 0.0
+            self.scheduler._step()
+        return self
+
+    def compact(self, *paths: str) -> dict[str, int]:
+        return dict(self.scheduler.compact_now(paths or [""], emit=lambda *_: True))
+
+    def verdict(self, path: str) -> tuple[str, str | None]:
+        known = explain(self.store, self.catalog, path)
+        return known.state, known.reason
+
+    def close(self) -> None:
+        self.scheduler.stop()
+        self.engine.close()
+        self.catalog.close()
+        self.store.close()
+
+
+@pytest.fixture
+def begin_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Compacting]]:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    with contextlib.ExitStack() as opened:
+
+        def begin_anew() -> Compacting:
+            opened.close()
+            return opened.enter_context(contextlib.closing(Compacting(tmp_path)))
+
+        yield begin_anew
+
+
+BeginAnew = Callable[[], Compacting]
+
+
+def test_a_photograph_that_ends_the_engine_is_left_and_others_are_compacted(
+    begin_anew: BeginAnew, expect_log: ExpectLog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expect_log(ENGINE_ENDED)
+    mount = begin_anew()
+    put(mount.store, "deadly", "die")
+    mount.work()
+    assert mount.scheduler.state == "off"  # that is, it did not stop
+    assert mount.verdict("deadly") == ("refused", "engine_ended")
+    assert re.search("deadly: .*the engine ended", caplog.text)
+    put(mount.store, "good", "refuse")
+    assert mount.work().verdict("good") == ("refused", "quality")
+    put(mount.store, "as well", "refuse")
+    assert mount.compact() == {"refused": 3}
+    assert mount.engine.counters.restarts == 2, "it is not tried a third time"
+    mount = begin_anew().work()
+    assert mount.engine.counters.restarts == 0, "nor after a restart"
+    assert mount.compact("deadly") == {"failed": 1}, "unless somebody asks for it"
+    assert mount.engine.counters.restarts == 2
+    assert mount.work().scheduler.state == "off"
+    assert mount.engine.counters.restarts == 2
+    monkeypatch.setattr(compact_module, "__version__", "another")
+    assert mount.work().engine.counters.restarts == 4, "or esrfs is another, whose engine may not end"
+    assert mount.work().engine.counters.restarts == 4
+
+
+def test_an_engine_that_ended_once_with_a_photograph_gets_it_again(
+    begin_anew: BeginAnew, expect_log: ExpectLog, tmp_path: Path
+) -> None:
+    expect_log(ENGINE_ENDED)
+    mount = begin_anew()
+    put(mount.store, "photograph", f"die-once {tmp_path}/flag")
+    assert mount.work().verdict("photograph") == ("refused", "quality")
+    assert mount.engine.counters.restarts == 1
+    assert mount.catalog.ends(Identity.from_stat(os.lstat(Path(mount.store.path) / "photograph"))) == 0
+
+
+def test_photographs_that_end_the_engine_one_after_the_other_are_not_to_blame(
+    begin_anew: BeginAnew, expect_log: ExpectLog
+) -> None:
+    expect_log(ENGINE_ENDED + "|compaction of .* stops")
+    mount = begin_anew()
+    for number in range(4):
+        put(mount.store, f"{number}", "die")
+    assert mount.compact() == {"failed": 3}
+    assert mount.scheduler.state == "stopped: the engine failed 3 times in a row"
+    assert {mount.verdict(f"{number}") for number in range(4)} == {("pending", None)}
+    for number in range(4):
+        put(mount.store, f"{number}", "refuse")
+    mount.scheduler.resume()
+    mount.work()
+    assert {mount.verdict(f"{number}") for number in range(4)} == {("refused", "quality")}
+
+
+def test_the_same_photograph_asked_for_again_and_again_does_not_stop_compaction(
+    begin_anew: BeginAnew, expect_log: ExpectLog
+) -> None:
+    expect_log(ENGINE_ENDED)
+    mount = begin_anew()
+    put(mount.store, "deadly", "die")
+    for _ in range(3):
+        assert mount.compact("deadly") == {"failed": 1}
+    assert mount.scheduler.state == "off"
+
+
+def test_files_that_the_engine_never_sees_do_not_hide_that_it_fails(
+    begin_anew: BeginAnew, expect_log: ExpectLog
+) -> None:
+    expect_log(ENGINE_ENDED + "|compaction of .* stops")
+    mount = begin_anew()
+    for number in range(3):
+        put(mount.store, f"{number}.bmp", "die")
+        (Path(mount.store.path) / f"{number}.txt").write_text("no picture")
+        mount.work()
+    assert mount.scheduler.state == "stopped: the engine failed 3 times in a row"
+
+
+def test_verdicts_of_before_are_no_reason_to_stop(
+    begin_anew: BeginAnew, monkeypatch: pytest.MonkeyPatch, expect_log: ExpectLog
+) -> None:
+    expect_log("compaction of .* stops")
+    monkeypatch.setattr(scheduler_module, "_REFUSALS_IN_A_ROW", 3)
+    mount = begin_anew()
+    for number in range(2):
+        put(mount.store, f"{number}", "refuse")
+    for _ in range(3):
+        assert mount.compact() == {"refused": 2}
+    assert mount.scheduler.state == "off"
+    put(mount.store, "3", "refuse")
+    assert mount.compact()["refused"] >= 1
+    assert mount.scheduler.state.startswith("stopped: the gate refused 3 pictures")

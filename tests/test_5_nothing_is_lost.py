@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import pytest
 
+from esrfs.control import ControlError
 from esrfs.store import plain, recovery, swap
 from tests.asking import Asking
 from tests.witness import MODE, MTIME, QuickMounted, digest, paused_at, photo, put, wait_until
@@ -262,7 +263,7 @@ def test_the_engine_is_killed_twice_while_it_rebuilds(compacted: QuickMounted, t
 
 
 def test_the_engine_is_killed_while_it_compacts(quick: QuickMounted, tmp_path: Path) -> None:
-    """Once: it is tried again. Twice: the file stays, compaction goes on with others and comes back to it."""
+    """Once: it is tried again. Twice: the file stays, and compaction goes on with others, until it is asked for."""
     flag = tmp_path / "flag"
     quick.expected += [ENGINE_ENDED, "not compacted, the engine failed"]
     quick.start(faults=f"engine.compact=pause:{flag}")
@@ -281,14 +282,38 @@ def test_the_engine_is_killed_while_it_compacts(quick: QuickMounted, tmp_path: P
         pass
     assert compacting.result() == {"failed": 1, "compacted": 1}
     assert quick.look("b.jpg", photo(1)) == "original"
+    assert quick.explain("b.jpg")["reason"] == "engine_ended"
     assert quick.look("c.jpg", photo(2)) == "blob"
     assert quick.status()["compaction"] == "running"
+    assert quick.compact() == {"blob": 2, "refused": 1}
     compacting = Asking(lambda: quick.compact("b.jpg"))
     with paused_at(flag):
         pass
     assert compacting.result() == {"compacted": 1}
     assert quick.look("b.jpg", photo(1)) == "blob"
     assert has_its_metadata(quick.path / "b.jpg")
+    quick.assert_recovered()
+
+
+def test_the_mount_is_killed_with_the_engine_while_it_compacts(quick: QuickMounted, tmp_path: Path) -> None:
+    """As when a unit has used up its memory, and is started again: not for ever with the same photograph."""
+    flag = tmp_path / "flag"
+    quick.expected += ["esrfs ended while this was compacted", "a dead mount of esrfs is there"]
+    put(quick.store / "deadly.jpg", photo())
+    for _ in range(2):
+        quick.start(faults=f"engine.compact=pause:{flag}")
+        compacting = Asking(quick.compact)
+        wait_until(flag.exists)
+        quick.kill()
+        flag.unlink()
+        with pytest.raises((ControlError, ConnectionError)):
+            compacting.result()
+    quick.start()
+    put(quick.path / "other.jpg", photo(1))
+    assert quick.compact() == {"refused": 1, "compacted": 1}
+    assert quick.explain("deadly.jpg")["reason"] == "engine_ended"
+    assert quick.look("deadly.jpg", photo()) == "original"
+    assert quick.compact("deadly.jpg") == {"compacted": 1}
     quick.assert_recovered()
 
 

@@ -85,6 +85,9 @@ class Reason(enum.StrEnum):
     """Owner, mode, ACL, xattrs or times could not be carried over to the blob."""
     NO_MEMORY = "no_memory"
     """The machine has too little memory for it now. Such a file is left, and looked at again later."""
+    ENGINE_ENDED = "engine_ended"
+    """The engine, or all of esrfs, ended while it was compacted, more than once: a bug, or too little memory. Tried
+    again by another version of esrfs, or when somebody asks."""
     ERROR = "error"
 
 

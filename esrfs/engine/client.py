@@ -127,6 +127,7 @@ class _Job:
         self.key = key
         self.lanes: list[Lane] = []  # one for each ticket
         self.tries = 0
+        self.ends = 0  # of workers that worked on nothing else
         self.worker: _Worker | None = None
         self.asked_at = time.monotonic()
         self.sent_at = 0.0
@@ -183,7 +184,7 @@ class Ticket(Generic[_T]):
         if not self._job.done.wait(limit):
             raise TimeoutError(f"the engine gave no answer in {limit:.0f} s; esrfs gave up waiting")
         if self._job.error is not None:
-            raise EngineError(self._job.error)
+            raise EngineError(self._job.error, self._job.ends)
         return cast(_T, self._job.result)
 
     @property
@@ -639,6 +640,8 @@ class Engine:
                 self._count("restarts")
                 if status == protocol.DEVICE_FAILED:
                     self._on_cpu = True
+                elif worker.ready and len(jobs) == 1:  # else it may be the engine itself, or another job
+                    jobs[0].ends += 1
             why = f"it {_cause(status)}"
             self._take_back(jobs, why)
             self._changed.notify_all()

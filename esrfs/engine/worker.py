@@ -99,8 +99,8 @@ class Connection:
 def serve(connection: Connection, open_handler: Callable[[], Handler]) -> None:
     """Work until the connection ends."""
     crossing = Crossing()
-    opening = _Opening(open_handler)
-    threading.Thread(target=_announce, args=(connection, opening), name="opening", daemon=True).start()
+    opening = _Opening(connection, open_handler)
+    threading.Thread(target=_open, args=(opening,), name="opening", daemon=True).start()
     while True:
         try:
             request, payload = protocol.receive(connection.stream)
@@ -133,9 +133,11 @@ def _lane(request: protocol.Rebuild | protocol.Compact | protocol.Upscale) -> La
 
 
 class _Opening:
-    """The handler, once it is there: opened in one thread, awaited by all."""
+    """The handler, once it is there: opened in one thread, awaited by all. The mount is told before any job begins: so
+    it knows of a worker that ends whether a job or the worker itself was the matter."""
 
-    def __init__(self, open_handler: Callable[[], Handler]) -> None:
+    def __init__(self, connection: Connection, open_handler: Callable[[], Handler]) -> None:
+        self._connection = connection
         self._open_handler = open_handler
         self._lock = threading.Lock()
         self._handler: Handler | None = None
@@ -143,16 +145,16 @@ class _Opening:
     def get(self) -> Handler:
         with self._lock:
             if self._handler is None:
-                self._handler = self._open_handler()
+                handler = self._open_handler()
+                with contextlib.suppress(ConnectionLostError):  # The main thread sees it too, and ends the process.
+                    self._connection.send(protocol.Ready(device=handler.device, threads=handler.threads))
+                self._handler = handler
             return self._handler
 
 
-def _announce(connection: Connection, opening: _Opening) -> None:
+def _open(opening: _Opening) -> None:
     try:
-        handler = opening.get()
-        connection.send(protocol.Ready(device=handler.device, threads=handler.threads))
-    except ConnectionLostError:
-        log.debug("the mount is gone", exc_info=True)
+        opening.get()
     except BaseException:
         log.exception("the engine can't start")
         _leave(1)

@@ -4,6 +4,9 @@ An entry belongs to one content of one inode: it is asked for by :class:`Identit
 size, mtime and ctime all agree. Each inode has at most one entry, so a reused inode number replaces the old one. Paths
 are hints for people and lists; they go stale when files are renamed behind the mount, and nothing relies on them.
 
+Beside that it counts how often a process ended with a file in its hands, so that the next one does not take it up for
+ever.
+
 SQLite in WAL mode, outside the store and never below the mount. A database that is broken is thrown away and begun
 anew; one that can't be made at all is replaced by one in memory. Callers never see an sqlite3 error.
 """
@@ -41,6 +44,12 @@ CREATE TABLE entries (
 ) WITHOUT ROWID""",
     "CREATE INDEX entries_by_reference ON entries (reference) WHERE reference != x''",
 )
+_ENDS = """
+CREATE TABLE IF NOT EXISTS ends (                     -- few: a file that nothing ended with has no row
+    dev INTEGER NOT NULL, ino INTEGER NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
+    ctime_ns INTEGER NOT NULL, times INTEGER NOT NULL,
+    PRIMARY KEY (dev, ino)
+) WITHOUT ROWID"""
 _FIELDS = (
     "state, reason, message, kind, width, height, view_size, stored_bytes, sha256_view, score, scale, quality, path, "
     "choice, reference"
@@ -68,8 +77,8 @@ class Entry:
     quality: int = 0
     path: str = ""
     choice: str = ""
-    """The preset (``lossless``, ``never``) that a refusal was made under; empty where it would be the same under
-    any."""
+    """The preset (``lossless``, ``never``) that a refusal was made under, or the version of esrfs where that is what
+    matters; empty where it would be the same under any."""
     reference: bytes = b""
     """Of a blob: ``blob/reference.py``."""
 
@@ -135,6 +144,19 @@ class Catalog:
         rows: list[Any] = self._run(lambda c: c.execute(statement, (reference,)).fetchall(), [])
         return [(Identity(_unsigned(row[0]), _unsigned(row[1]), *row[2:5]), os.fsdecode(row[5])) for row in rows]
 
+    def ends(self, identity: Identity) -> int:
+        """How often a process ended while it worked on the file with this content."""
+        statement = "SELECT times FROM ends WHERE dev=? AND ino=? AND size=? AND mtime_ns=? AND ctime_ns=?"
+        row = self._run(lambda c: c.execute(statement, _key(identity)).fetchone(), None)
+        return 0 if row is None else int(row[0])
+
+    def set_ends(self, identity: Identity, times: int) -> None:
+        key = _key(identity)
+        if times:
+            self._run(lambda c: c.execute("INSERT OR REPLACE INTO ends VALUES (?,?,?,?,?,?)", (*key, times)), None)
+        else:
+            self._run(lambda c: c.execute("DELETE FROM ends WHERE dev=? AND ino=?", key[:2]), None)
+
     def close(self) -> None:
         with self._lock, contextlib.suppress(sqlite3.Error):
             self._connection.close()
@@ -184,6 +206,7 @@ def _connect(path: str) -> sqlite3.Connection:
                 for statement in _SCHEMA:
                     connection.execute(statement)
                 connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        connection.execute(_ENDS)
         connection.execute("SELECT count(*) FROM (SELECT 1 FROM entries LIMIT 1)").fetchone()
     except BaseException:
         connection.close()

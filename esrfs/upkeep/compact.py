@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from esrfs import faults
+from esrfs import __version__, faults
 from esrfs.blob import container, reference
 from esrfs.blob.recipe import Recipe, decode, expand
 from esrfs.compaction.outcome import LOSSLESS, NEVER, Outcome, Policy, Reason, Verdict
@@ -55,6 +55,8 @@ _TEMPORARY = re.compile(
 _LARGEST = 1 << 30
 """Bytes: no camera writes larger files of these kinds, and the engine holds an original in memory."""
 _POLL_SECONDS = 0.1
+_ENDS = 2
+"""So often may the engine, or the mount with it, end with a file in its hands; then the file is left alone."""
 _Answer = TypeVar("_Answer")
 _SETTLED = (Verdict.REFUSED, Verdict.PASSED_THROUGH, "original")
 """States in the catalog that stand until somebody names the file; ``original``: brought back from the undo window."""
@@ -71,6 +73,8 @@ class Done:
     message: str = ""
     original_bytes: int = 0
     stored_bytes: int = 0
+    tried: bool = False
+    """This comes of what the engine has just said (or that it ended); else it was known before, or seen without."""
 
 
 class CompactionUnavailable(Exception):  # noqa: N818 (a state of the store rather than an error)
@@ -110,8 +114,11 @@ class Workshop:
 
     def may_be_compacted(self, path: str, identity: Identity) -> bool:
         """Whether the file with this path and content is worth a try: nothing is known of it, or a refusal that was
-        made under another policy than its present one. Raises OSError, StoreError for rules that can't be read."""
+        made under another policy than its present one, or, where the engine ended, by another version of esrfs. Raises
+        OSError, StoreError for rules that can't be read."""
         known = self.catalog.get(identity)
+        if known is not None and known.reason == Reason.ENGINE_ENDED:
+            return known.choice != __version__
         return known is None or bool(known.choice and known.choice != self.rules.decide(path).choice)
 
 
@@ -133,6 +140,16 @@ def compact(workshop: Workshop, path: str, *, again: bool = False) -> Done:
         return _compact_open(workshop, path, name, descriptor, again)
     finally:
         os.close(descriptor)
+
+
+def acquit(workshop: Workshop, path: str) -> None:
+    """Take back the verdict that the engine ended while the file at ``path`` was compacted; nothing happens if it has
+    no such verdict, or is gone."""
+    with contextlib.suppress(OSError), open_parent(workshop.store.root_fd, path) as (directory, name):
+        identity = Identity.from_stat(os.stat(name, dir_fd=directory, follow_symlinks=False))
+        known = workshop.catalog.get(identity)
+        if known is not None and known.reason == Reason.ENGINE_ENDED:
+            workshop.catalog.forget(identity)
 
 
 def _compact_open(workshop: Workshop, path: str, name: str, descriptor: int, again: bool) -> Done:
@@ -160,6 +177,11 @@ def _compact_open(workshop: Workshop, path: str, name: str, descriptor: int, aga
         rule = workshop.rules.decide(path).rule
         line = f" (line {rule.line})" if rule else ""
         return _remember(workshop, path, st, _refusal(Reason.NEVER, f"a rule of this store says so{line}"), NEVER)
+    if workshop.catalog.ends(identity) >= _ENDS and not again:
+        # The mount ended with the engine each time (its unit had no memory left?), so there is no verdict yet.
+        log.warning("%s: esrfs ended while this was compacted, more than once; it stays as it is", path)
+        workshop.catalog.set_ends(identity, 0)
+        return _remember(workshop, path, st, _ended_with_it("esrfs"), __version__)
     try:
         with linux.read_lease(descriptor):
             pass
@@ -196,6 +218,12 @@ def _refusal(reason: Reason, message: str) -> Outcome:
     return Outcome(verdict=Verdict.REFUSED, reason=reason, message=message)
 
 
+def _ended_with_it(who: str) -> Outcome:
+    message = f"{who} ended while it was compacted, more than once"
+    again = "another version of esrfs tries again, or `esrfs compact --now --wait FILE`"
+    return _refusal(Reason.ENGINE_ENDED, f"{message}; {again}")
+
+
 def _as_it_is(reason: Reason, message: str, kind: str = "") -> Outcome:
     return Outcome(verdict=Verdict.PASSED_THROUGH, reason=reason, message=message, kind=kind)
 
@@ -208,14 +236,57 @@ def _compact_claimed(
     if sha256 is None or Identity.from_stat(os.fstat(descriptor)) != identity:
         return Done(path, "left", message="it changed while it was read")
     faults.reach("compact.read")
-    store = workshop.store
-    known = homecoming.recognise(store, workshop.catalog, descriptor, st.st_size)
-    if known is not None and (known.trusted or _rebuilds(workshop, known.outcome, claim, policy)):
-        outcome: Outcome | None = known.outcome
-    else:
-        outcome = _ask_engine(workshop, filevalue.of_descriptor(descriptor, st.st_size), claim, policy)
+    known = homecoming.recognise(workshop.store, workshop.catalog, descriptor, st.st_size)
+    if known is not None and known.trusted:
+        return _apply(workshop, path, descriptor, st, known.outcome, claim=claim, policy=policy, sha256=sha256)
+
+    def ask() -> Outcome | None:
+        if known is not None and _rebuilds(workshop, known.outcome, claim, policy):
+            return known.outcome
+        return _ask_engine(workshop, filevalue.of_descriptor(descriptor, st.st_size), claim, policy)
+
+    outcome = _counting_ends(workshop.catalog, identity, ask)
     if outcome is None:
         return Done(path, "left", message="a program began to use it")
+    done = _apply(workshop, path, descriptor, st, outcome, claim=claim, policy=policy, sha256=sha256)
+    return replace(done, tried=True)
+
+
+def _counting_ends(catalog: Catalog, identity: Identity, ask: Callable[[], Outcome | None]) -> Outcome | None:
+    """What ``ask`` gives, or a refusal when the engine has ended with this file in its hands too often.
+
+    The count is raised before anything else, since the mount itself may end with the engine; then nobody is there to do
+    it, and the next mount would begin with the same file.
+    """
+    before = ends = catalog.ends(identity)
+    catalog.set_ends(identity, before + 1)
+    try:
+        outcome = ask()
+        ends = before if outcome is None else 0
+    except EngineError as error:
+        ends = before + error.ends
+        if not error.ends or ends < _ENDS:
+            raise
+        ends = 0  # from here on the verdict tells
+        return _ended_with_it("the engine")
+    finally:
+        catalog.set_ends(identity, ends)
+    return outcome
+
+
+def _apply(
+    workshop: Workshop,
+    path: str,
+    descriptor: int,
+    st: os.stat_result,
+    outcome: Outcome,
+    *,
+    claim: Claim,
+    policy: Policy,
+    sha256: bytes,
+) -> Done:
+    """Do with the file as the outcome says. ``sha256``: of the file, before its outcome was asked for."""
+    store, identity = workshop.store, Identity.from_stat(st)
     # The engine was sent the file after it was hashed.
     if Identity.from_stat(os.fstat(descriptor)) != identity or (
         outcome.verdict is Verdict.COMPACTED and decode(outcome.recipe).sha256_original != sha256
@@ -224,7 +295,8 @@ def _compact_claimed(
     if outcome.reason is Reason.NO_MEMORY:
         return Done(path, "left", message=outcome.message)
     if outcome.verdict is not Verdict.COMPACTED:
-        return _remember(workshop, path, st, outcome, policy.preset)
+        choice = __version__ if outcome.reason is Reason.ENGINE_ENDED else policy.preset
+        return _remember(workshop, path, st, outcome, choice)
     blob = container.pack(outcome.avif, outcome.recipe, store.config.id_bytes, store.config.key_bytes)
     faults.reach("compact.packed")
     result = swap.swap_in(

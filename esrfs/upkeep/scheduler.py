@@ -8,6 +8,9 @@ Compaction stops by itself, and says so, when the engine fails repeatedly, when 
 refuses everything, and when space is low even after the undo window was shortened. From the last it goes on by itself
 once there is room well above the floor; the others wait for somebody who says ``esrfs resume``.
 
+One photograph that ends the engine is left alone (``compact``), and others are compacted. When one after the other
+does, it is not the photographs: they are acquitted, and compaction stops.
+
 Locks: ``_changed`` protects the queue and the counters, and is never held while a file is looked at. ``_working`` is
 held for the whole of one file, so that a command and the thread never compact at the same time; it is taken first.
 """
@@ -105,6 +108,7 @@ class Scheduler:
         self._room_wait = 0.0
         self._next_look_for_room = 0.0
         self._engine_failures = 0
+        self._ended_engine: set[str] = set()  # files with a verdict for that, since the engine last answered
         self._refusals = 0
         self._next_walk = 0.0
         self._rules_stamp: Stamp = ()
@@ -144,6 +148,7 @@ class Scheduler:
         with self._changed:
             self._stopped_because, self._lacks_room, self._room_wait = "", False, 0.0
             self._engine_failures = self._refusals = 0
+            self._ended_engine.clear()
             self._next_walk = 0.0
             self._changed.notify()
 
@@ -316,6 +321,7 @@ class Scheduler:
                 done = compact.compact(self._workshop, path, again=again)
             except (EngineError, TimeoutError) as error:
                 if not self._ending:
+                    self._engine_failures += 1
                     self._engine_failed(path, error)
                 return None
             except OSError as error:
@@ -324,8 +330,14 @@ class Scheduler:
             except (StoreError, WeightsError) as error:
                 self._stop(str(error))
                 return None
-        self._engine_failures = 0
-        self._watch_refusals(done)
+        if done.reason == Reason.ENGINE_ENDED and done.tried:
+            self._ended_engine.add(path)
+            self._engine_failed(path, done.message)
+            return None
+        if done.tried:
+            self._engine_failures = 0
+            self._ended_engine.clear()
+            self._watch_refusals(done)
         if done.state == Verdict.COMPACTED:
             self._room_wait = 0.0
         with self._changed:
@@ -356,11 +368,13 @@ class Scheduler:
                     self._stopped_because, self._lacks_room = "", False
                     log.info("compaction of %s goes on: there is room again", self._store.path)
 
-    def _engine_failed(self, path: str, error: Exception) -> None:
-        self._engine_failures += 1
-        log.error("%s: not compacted, the engine failed (%s); the original stays", path, error)
-        if self._engine_failures >= _ENGINE_FAILURES:
-            self._stop(f"the engine failed {self._engine_failures} times in a row")
+    def _engine_failed(self, path: str, why: object) -> None:
+        log.error("%s: not compacted, the engine failed (%s); the original stays", path, why)
+        failures = self._engine_failures + len(self._ended_engine)
+        if failures >= _ENGINE_FAILURES:
+            for each in self._ended_engine:
+                compact.acquit(self._workshop, each)
+            self._stop(f"the engine failed {failures} times in a row")
 
     def _disk_failed(self, path: str, error: OSError) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
