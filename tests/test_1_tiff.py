@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import shutil
 import struct
 import subprocess
@@ -10,13 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
 from esrfs import formats
+from esrfs.blob.recipe import TiffCoding
 from esrfs.compaction.outcome import Reason
-from esrfs.formats import tiff_parse
+from esrfs.formats import tiff, tiff_parse
 from tests.test_1_png import picture
 
 LIMIT = 50.0
@@ -102,6 +105,43 @@ def test_a_strip_that_does_not_fit_is_softened() -> None:
     flat = tiff_bytes(Image.new("L", (200, 150)), "tiff_adobe_deflate")
     with pytest.raises(formats.DoesNotFit, match="a strip of the rebuilt picture takes"):
         formats.fit_view(formats.split(flat, LIMIT), noisy)
+
+
+def test_of_a_large_picture_no_level_is_tried_that_readers_would_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each level is tried again for each softer version, and after two minutes a read fails."""
+    original = tiff_bytes(compression="tiff_adobe_deflate")
+    split, pixels = formats.split(original, LIMIT), np.asarray(picture())
+    tried: list[int] = []
+
+    def compressed(coding: TiffCoding, samples: formats.Pixels, level: int) -> bytes:
+        tried.append(level)
+        return bytes(len(original))
+
+    monkeypatch.setattr(tiff, "_compressed", compressed)
+    for six, nine, levels in ((1.0, 1.0, {3, 6, 9}), (1.0, 0.02, {3, 6}), (0.02, 0.02, {3})):
+        monkeypatch.setattr(tiff, "_QUICK_MEGAPIXELS", {3: math.inf, 6: six, 9: nine})
+        tried.clear()
+        with pytest.raises(formats.DoesNotFit):
+            formats.fit_view(split, pixels)
+        assert set(tried) == levels
+        assert tried == sorted(levels) * (len(tried) // len(levels)), "the fastest first, for each softer version"
+
+
+def test_views_are_written_by_the_levels_that_their_recipe_tells() -> None:
+    original = tiff_bytes(compression="tiff_adobe_deflate")
+    split, pixels = formats.split(original, LIMIT), np.asarray(picture())
+    view = formats.fit_view(split, rebuilt(pixels))
+    assert isinstance(view.coding, TiffCoding)
+    assert view.coding.levels == (3, 6, 9)
+    older = msgspec.to_builtins(view.coding)
+    del older["levels"]
+    before = msgspec.convert(older, TiffCoding)
+    assert before.levels == (6, 9), "as all were written before recipes told it"
+    scans = [
+        formats.encode_scan(coding, split.width, split.height, rebuilt(pixels), len(view.scan))
+        for coding in (view.coding, before)
+    ]
+    assert scans[0] == view.scan != scans[1]
 
 
 def test_a_thumbnail_after_the_picture_stays() -> None:

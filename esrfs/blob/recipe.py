@@ -131,6 +131,8 @@ class TiffCoding(msgspec.Struct, frozen=True, tag="tiff"):
     own_tables: bool = False
     """Of JPEG: whether each strip or tile has the Huffman tables that suit it; else they have none, and the standard
     ones are among the file's tables."""
+    levels: tuple[OneOf[3, 6, 9], ...] = (6, 9)
+    """Of Deflate: zlib's, tried in this order, for the picture as it is and for each softer version of it."""
 
 
 class BmpCoding(msgspec.Struct, frozen=True, tag="bmp"):

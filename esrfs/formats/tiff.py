@@ -16,9 +16,11 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal as OneOf
 
 import msgspec
 import numpy as np
@@ -31,8 +33,9 @@ from esrfs.formats import pixels as pillow
 from esrfs.formats.tiff_parse import DEFLATE, JPEG, LZW, NONE, OLD_DEFLATE, Structure
 from esrfs.formats.view import DoesNotFit, FittedView, Note, Pixels, Unsupported, no_note
 
-_LEVELS = (6, 9)
-"""zlib's, tried in this order."""
+_QUICK_MEGAPIXELS: dict[OneOf[3, 6, 9], float] = {3: math.inf, 6: 32.0, 9: 2.0}
+"""Up to which each of zlib's levels is tried, the fastest first: readers wait for it. A megapixel takes up to 0.1, 0.5
+and 8 seconds, and that again for each softer version that is tried."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,13 @@ def _layout(structure: Structure) -> TiffCoding:
         parts=[],
         between=[],
         ycbcr=structure.ycbcr,
+        levels=_levels(structure),
     )
+
+
+def _levels(structure: Structure) -> tuple[OneOf[3, 6, 9], ...]:
+    megapixels = structure.width * structure.height / 1e6
+    return tuple(level for level, most in _QUICK_MEGAPIXELS.items() if megapixels <= most)
 
 
 def split(data: bytes, max_megapixels: float) -> TiffSplit:
@@ -243,7 +252,7 @@ def _fitting(  # noqa: PLR0917
     part = part if part.mode == coding.mode else part.convert(coding.mode)
     least = -1
     for softer in itertools.islice(pillow.softened(part), softenings):
-        for level in _LEVELS if coding.compression in (DEFLATE, OLD_DEFLATE) else _LEVELS[:1]:
+        for level in coding.levels if coding.compression in (DEFLATE, OLD_DEFLATE) else (0,):
             samples = pillow.as_array(softer)
             if extra is not None:
                 samples = np.dstack((samples, extra[place.top : place.bottom, place.left : place.right]))
