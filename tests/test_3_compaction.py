@@ -337,6 +337,10 @@ def test_metadata_that_pillow_does_not_read() -> None:
         view = reconstruction.rebuild(recipe, outcome.avif, infer)
         assert hashlib.sha256(view).digest() == recipe.sha256_view
         assert chunk(kind, text) in view
+        seen = formats.decode(original, 1)
+        assert np.array_equal(seen, formats.decode(plain, 1))
+        with pytest.raises(formats.Unsupported, match="damaged"):
+            formats.decode(original.replace(b"IDAT", b"IDBT"), 1)
 
 
 def test_little_saved_is_not_worth_it() -> None:

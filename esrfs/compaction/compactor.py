@@ -541,7 +541,8 @@ class _Compaction:
         del again
         view = fitted.expand()
         self.checkpoint()
-        viewed = self._decoded(view)[:, :, : self.picture.pixels.shape[2]]  # without alpha, which is the original's
+        decoded = formats.decode(view, self.policy.max_megapixels)
+        viewed = decoded[:, :, : self.picture.pixels.shape[2]]  # without alpha, which is the original's
         self.checkpoint()
         scores = gate.measure(self.picture.reference, self.picture.pixels, viewed)
         self._note(scores)
@@ -598,13 +599,6 @@ class _Compaction:
         self.checkpoint()
         plan = picture.plan(way)
         return reconstruction.enlarge(plan, reconstruction.decode_small(plan, avif), self.infer)
-
-    def _decoded(self, view: bytes) -> Pixels:
-        try:
-            return formats.decode(view, self.policy.max_megapixels)
-        except formats.Unsupported:
-            # Pillow reads no file with, say, more than a mebibyte of compressed text in it, which is the original's.
-            return formats.split(view, self.policy.max_megapixels).pixels()
 
     def _reference(self, scan: bytes) -> bytes:
         return reference(self.reference_key, scan) if self.reference_key else b""

@@ -100,7 +100,16 @@ def decode(data: bytes, max_megapixels: float) -> Pixels:
     """
     from esrfs.formats import pixels  # noqa: PLC0415
 
-    return pixels.decode(data, max_megapixels)
+    try:
+        return pixels.decode(data, max_megapixels)
+    except Unsupported as error:
+        if error.kind != "png":
+            raise
+        # Pillow reads no PNG with more than a mebibyte of compressed text, profile or XMP in it.
+        try:
+            return split(data, max_megapixels).pixels()
+        except Unsupported:
+            raise error from None
 
 
 def canvas(height: int, width: int) -> Pixels:
