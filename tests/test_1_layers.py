@@ -21,6 +21,7 @@ LAYERS = [
 # Importable by all, for they import nothing but each other: values that travel between layers, what every layer needs.
 GROUND = {
     "esrfs", "esrfs.config", "esrfs.faults", "esrfs.exit_codes", "esrfs.control", "esrfs.journal", "esrfs.prometheus",
+    "esrfs.whole",
     "esrfs.blob", "esrfs.blob.dictionary", "esrfs.blob.recipe", "esrfs.compaction", "esrfs.compaction.outcome",
 }  # fmt: skip
 # Beside the list: a developer's program, which may import everything.

@@ -11,6 +11,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from esrfs import whole
 from esrfs.cli import inspecting, show, stores
 from esrfs.cli.show import CommandError
 from esrfs.exit_codes import ExitCode
@@ -121,11 +122,12 @@ def report(
             told = history.of(store, catalog)
     out.mkdir(parents=True, exist_ok=True)
     values = {"status": status, **msgspec.to_builtins(told)}
-    partial = out / "report.json.part"
-    partial.write_text(json.dumps(values, indent=1) + "\n")
-    partial.replace(out / "report.json")
-    page.write(out / "report.html", store_page.make(told, status))
-    for name in ("report.html", "report.json"):
+    files = {
+        "report.html": page.as_html(store_page.make(told, status)),
+        "report.json": (json.dumps(values, indent=1) + "\n").encode(),
+    }
+    for name, data in files.items():
+        whole.write(out / name, data)
         show.line(str(out / name))
 
 

@@ -18,6 +18,7 @@ import platformdirs
 import typer
 
 import esrfs
+from esrfs import whole
 from esrfs.cli import show
 from esrfs.cli.show import CommandError
 from esrfs.exit_codes import ExitCode
@@ -57,7 +58,8 @@ def install_units(
         elif dry_run:
             show.line(f"would write {path}:\n\n{text}")
         else:
-            _write(path, text)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            whole.write(path, text.encode(), 0o644)
             show.line(f"{path} is written")
             changed = True
     for path in edited:
@@ -114,17 +116,3 @@ def _signed(text: str) -> str:
 def _is_ours(text: str) -> bool:
     first, _, rest = text.partition("\n")
     return first.startswith(_MARK) and _signed(rest) == text
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("x") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.chmod(0o644)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

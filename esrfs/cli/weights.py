@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from esrfs import whole
 from esrfs.cli import show
 from esrfs.cli.show import CommandError
 from esrfs.engine.client import Device, Engine, EngineError, EngineSettings
@@ -106,22 +106,13 @@ def interpolate(
         data = mixed(_read(fidelity), _read(adversarial), texture, out.stem)
     except (ValueError, WeightsError) as error:
         raise CommandError(str(error), ExitCode.NETWORK) from error
-    _write(out, data)
+    whole.write(out, data)
     show.line(f"{out}; `esrfs weights add {out}` makes it known by the name {out.stem}")
 
 
 def _read(network: str) -> bytes:
     """Of a name, or of a file if it looks like one."""
     return (Path(network) if Path(network).suffix in registry.SUFFIXES else registry.find(network)).read_bytes()
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def upscale(
@@ -146,4 +137,4 @@ def upscale(
         raise CommandError(f"{image}: {error}", ExitCode.ENGINE) from error
     finally:
         engine.close()
-    _write(out, enlarged)
+    whole.write(out, enlarged)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from esrfs import whole
 from esrfs.evaluate import comparison, grid, page, results, run
 from esrfs.evaluate.curves import Comparison
 
@@ -53,13 +54,7 @@ def evaluate(
         told = comparison.Run(command_line, pictures, refused, plan.left_out, choice.measures, anchor, crop_rows)
         table = results.rows(found, choice.measures)
         written = [out / "report.html", out / "results.csv", out / "results.json"]
-        results.write_csv(written[1], table, choice.measures)
-        _write_json(written[2], table)
-        page.write(written[0], comparison.make(Comparison(found), told))
+        whole.write(written[1], results.as_csv(table, choice.measures))
+        whole.write(written[2], (json.dumps(table, indent=1) + "\n").encode())
+        whole.write(written[0], page.as_html(comparison.make(Comparison(found), told)))
     return Made(written, refused, plan.left_out)
-
-
-def _write_json(path: Path, table: Sequence[dict[str, object]]) -> None:
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)

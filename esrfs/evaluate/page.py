@@ -90,8 +90,7 @@ def shown(pixels: npt.NDArray[np.uint8], alt: str, caption: str) -> Shown:
     return Shown("data:image/webp;base64," + base64.b64encode(out.getvalue()).decode(), alt, caption)
 
 
-def write(path: Path, page: Page) -> None:
-    """Raises OSError. The file is there whole or as it was before."""
+def as_html(page: Page) -> bytes:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -100,6 +99,4 @@ def write(path: Path, page: Page) -> None:
         lstrip_blocks=True,
     )
     text = environment.get_template("page.html.jinja").render(page=page)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8", errors="replace")  # names may hold bytes that are no text
-    partial.replace(path)
+    return text.encode(errors="replace")  # names may hold bytes that are no text

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import io
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -157,12 +158,9 @@ def rows(results: Sequence[Result], measures: Sequence[str]) -> list[dict[str, o
     ]
 
 
-def write_csv(path: Path, table: Sequence[dict[str, object]], measures: Sequence[str]) -> None:
-    """Raises OSError. The file is there whole or as it was before."""
-    partial = path.with_name(path.name + ".part")
-    with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        names = [*COLUMNS, *measures, "store_seconds", "restore_seconds", "note", "made_by"]
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(table)
-    partial.replace(path)
+def as_csv(table: Sequence[dict[str, object]], measures: Sequence[str]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [*COLUMNS, *measures, "store_seconds", "restore_seconds", "note", "made_by"])
+    writer.writeheader()
+    writer.writerows(table)
+    return text.getvalue().encode(errors="surrogateescape")

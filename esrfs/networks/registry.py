@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Literal
 import msgspec
 import platformdirs
 
+from esrfs import whole
 from esrfs.networks import spec
 from esrfs.networks.spec import NetworkSpec
 
@@ -180,9 +180,7 @@ def add(path: Path, name: str = "") -> Path:
             return target
         raise WeightsError(f"there is a network called {name} already, {taken}; use another name, or remove that file")
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    shutil.copyfile(path, partial)
-    os.replace(partial, target)
+    whole.write(target, path.read_bytes())
     return target
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from esrfs import whole
 from esrfs.networks import architectures, loading
 from esrfs.networks.spec import NetworkSpec
 from esrfs.train import log
@@ -90,11 +90,9 @@ def write(
     tensors: dict[str, Tensor] = {name: value.to(kind) for name, value in model.state_dict().items()}
     data = loading.save(description, tensors)
     path = folder / f"{description.name}.safetensors"
-    _replace(path, data)
-    _replace(
-        path.with_suffix(".md"),
-        card(training, description, data, stage=stage, features=features, entries=entries).encode(),
-    )
+    told = card(training, description, data, stage=stage, features=features, entries=entries)
+    whole.write(path, data)
+    whole.write(path.with_suffix(".md"), told.encode())
     return path
 
 
@@ -147,9 +145,3 @@ def card(
             f"{measured[-1].step:,} steps: {log.in_words(figures)}.",
         ]
     return "\n".join(lines) + "\n"
-
-
-def _replace(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)

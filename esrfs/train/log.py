@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+
+from esrfs import whole
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -55,9 +56,7 @@ def read(path: Path) -> list[Entry]:
 def cut(path: Path, step: int) -> None:
     """Forget what came after ``step``: a training that goes on from there says it again."""
     entries = [entry for entry in read(path) if entry.step <= step]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(b"".join(msgspec.json.encode(entry) + b"\n" for entry in entries))
-    os.replace(partial, path)
+    whole.write(path, b"".join(msgspec.json.encode(entry) + b"\n" for entry in entries))
 
 
 def append(path: Path, entries: Sequence[Entry]) -> None:
