@@ -26,6 +26,7 @@ from esrfs.blob.recipe import JpegCoding, Literal, Recipe, Run, Scores
 from esrfs.cli import main, manual, mounting, paths, show
 from esrfs.exit_codes import ExitCode
 from esrfs.mount.options import OWN
+from esrfs.networks import registry
 from esrfs.store import swap
 from esrfs.store.identity import Identity
 from esrfs.store.layout import Store, open_store
@@ -430,6 +431,44 @@ def test_check_finds_a_missing_network_and_a_damaged_one(store):
     assert problems(store) == {("damage", "network_missing")}
     (store / ".esrfs" / "networks" / kept.hex()).write_bytes(b"w3ights")
     assert problems(store) == {("damage", "network_missing"), ("damage", "network_damaged")}
+
+
+def test_check_names_a_lost_network_and_counts_the_blobs_that_need_it(store):
+    lost = hashlib.sha256(b"weights").digest()
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        compact(store, name, lost)
+
+    def found() -> dict[str, tuple[str, str]]:
+        with open_store(str(store), readonly=True) as opened:
+            return {each.path: (each.severity, each.message) for each in check.check(opened).findings}
+
+    place = f".esrfs/networks/{lost.hex()}"
+    missing = found()
+    assert missing.keys() == {"a.jpg", "b.jpg", "c.jpg", place}
+    assert missing[place][0] == "damage"
+    assert "3 blobs need the network " in missing[place][1]
+    registry.user_directory().mkdir(parents=True)
+    (registry.user_directory() / "mine.pth").write_bytes(b"weights")
+    elsewhere = found()
+    assert elsewhere.keys() == {place}
+    assert elsewhere[place][0] == "note"
+    assert "mine.pth" in elsewhere[place][1]
+    assert not (store / place).exists(), "check only reads"
+    (store / place).write_bytes(b"w3ights")
+    assert problems(store) == {("note", "network_damaged"), ("note", "network_elsewhere")}
+
+
+def test_a_mount_puts_back_the_networks_that_some_of_its_blobs_need(store, expect_log):
+    expect_log("was lost and is put back")
+    kept = hashlib.sha256(b"weights").digest()
+    compact(store, "a.jpg", kept)
+    compact(store, "b.jpg", hashlib.sha256(b"other").digest())
+    registry.user_directory().mkdir(parents=True)
+    (registry.user_directory() / "mine.pth").write_bytes(b"weights")
+    with open_store(str(store)) as opened:
+        findings = check.sample(opened, 50)
+        assert opened.network_bytes(kept) == b"weights"
+    assert {finding.problem for finding in findings} == {"network_missing"}
 
 
 def test_check_finds_an_original_that_was_taken_away(store):

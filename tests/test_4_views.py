@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from PIL import Image, ImageChops, ImageCms, ImageStat, PngImagePlugin
 
@@ -30,9 +31,10 @@ from esrfs.blob import recipe as recipe_format
 from esrfs.blob.recipe import Recipe, Scores
 from esrfs.compaction import compactor
 from esrfs.formats import jpeg_parse
+from esrfs.networks import registry
 from tests import gallery as making
 from tests.conftest import _exif, photograph
-from tests.gallery import Gallery, GalleryMount, camera, vary
+from tests.gallery import Gallery, GalleryMount, Picture, camera, vary
 from tests.mounting import Mounted
 from tests.test_1_png import interlaced
 
@@ -699,22 +701,61 @@ def test_a_damaged_blob_gives_an_error_and_never_garbage(mount: GalleryMount, ga
         (mount.path / name).unlink()  # a damaged file can be deleted
 
 
-def test_a_missing_network_is_told(mount: GalleryMount, gallery: Gallery, tmp_path: Path) -> None:
-    names = [name for name, picture in gallery.pictures.items() if picture.recipe.network_sha256]
-    if not names:
+def a_network_of_ones_own(gallery: Gallery) -> tuple[bytes, Picture]:
+    """A network's file that only its owner has, and a picture that needs it. (It is a shipped one, but for spaces.)"""
+    pictures = [picture for picture in gallery.pictures.values() if picture.recipe.network_sha256]
+    if not pictures:
         pytest.skip("none of the pictures uses a network at this preset")
-    name = names[0]
-    network = gallery.pictures[name].recipe.network_sha256.hex()
-    (mount.store / name).write_bytes(gallery.pictures[name].blob)
-    (kept,) = (mount.store / ".esrfs" / "networks").glob(f"{network}*")
-    kept.rename(tmp_path / "elsewhere")
-    mount.expected += [f"{name}: could not be rebuilt", f"{name}: its network .* can't be used"]
+    shipped = registry.with_sha256(pictures[0].recipe.network_sha256)
+    assert shipped is not None
+    length = int.from_bytes(shipped[1][:8], "little")
+    content = shipped[1]
+    network = (length + 8).to_bytes(8, "little") + content[8 : 8 + length] + b" " * 8 + content[8 + length :]
+    recipe = msgspec.structs.replace(pictures[0].recipe, network_sha256=hashlib.sha256(network).digest())
+    avif = container.unpack(pictures[0].blob).avif
+    blob = container.pack(avif, recipe_format.encode(recipe), gallery.config.id_bytes, gallery.config.key_bytes)
+    return network, Picture(blob, pictures[0].view, pictures[0].source)
+
+
+def test_a_missing_network_is_told(mount: GalleryMount, gallery: Gallery) -> None:
+    """And the photograph can be read as soon as it is there again: in the store, or as a network of the user's."""
+    network, picture = a_network_of_ones_own(gallery)
+    name = hashlib.sha256(network).hexdigest()
+    kept = mount.store / ".esrfs" / "networks" / name
+    (mount.store / "photo.jpg").write_bytes(picture.blob)
+    mount.expected += ["photo.jpg: could not be rebuilt", "photo.jpg: its network .* can't be used", name]
     mount.start()
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        (mount.path / name).read_bytes()
-    assert network[:16] in mount.log()
-    (tmp_path / "elsewhere").rename(kept)
-    assert (mount.path / name).read_bytes() == gallery.pictures[name].view
+        (mount.path / "photo.jpg").read_bytes()
+    assert name[:16] in mount.log()
+    kept.write_bytes(network)
+    assert (mount.path / "photo.jpg").read_bytes() == picture.view
+    mount.stop()
+
+    kept.unlink()
+    mount.start()
+    mount.call("cache-clear")
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        (mount.path / "photo.jpg").read_bytes()
+    own = registry.user_directory() / "mine-x2.safetensors"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(network)
+    assert (mount.path / "photo.jpg").read_bytes() == picture.view
+    assert kept.read_bytes() == network
+
+
+def test_networks_that_a_backup_left_out_are_put_back(mount: GalleryMount, gallery: Gallery) -> None:
+    names = [name for name, picture in gallery.pictures.items() if picture.recipe.network_sha256]
+    for name in names:
+        (mount.store / name).write_bytes(gallery.pictures[name].blob)
+    shutil.rmtree(mount.store / ".esrfs" / "networks")
+    mount.expected.append("was lost and is put back")
+    mount.start()
+    for name in names:
+        assert (mount.path / name).read_bytes() == gallery.pictures[name].view
+        network = gallery.pictures[name].recipe.network_sha256
+        (kept,) = (mount.store / ".esrfs" / "networks").glob(f"{network.hex()}*")
+        assert hashlib.sha256(kept.read_bytes()).digest() == network
 
 
 # ---- the cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from esrfs.engine.client import Engine, EngineSettings
 from esrfs.exit_codes import ExitCode
 from esrfs.store.catalog import Catalog
 from esrfs.store.layout import Store, open_store
+from esrfs.upkeep import networks
 
 log = logging.getLogger("esrfs.cli")
 
@@ -39,7 +41,7 @@ def catalog_of(store: Store) -> Iterator[Catalog]:
 @contextlib.contextmanager
 def engine_for(store: Store) -> Iterator[Engine]:
     """An engine that knows the store's networks; it starts with the first job and ends with the block."""
-    engine = Engine(EngineSettings(), store.network_bytes)
+    engine = Engine(EngineSettings(), functools.partial(networks.network_bytes, store))
     try:
         yield engine
     finally:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import itertools
 import json
 import logging
@@ -42,7 +43,7 @@ from esrfs.store.catalog import Catalog
 from esrfs.store.errors import Problem, StoreError
 from esrfs.store.layout import Store, open_store
 from esrfs.store.lease import RENEW_SECONDS, CompactorLease
-from esrfs.upkeep import compact, explain
+from esrfs.upkeep import compact, explain, networks
 from esrfs.upkeep.claims import Claims
 from esrfs.upkeep.compact import CompactionUnavailable, Workshop
 from esrfs.upkeep.retention import Retention, count_day, make_room
@@ -336,7 +337,7 @@ class Mount:
             opened.callback(self._cache.close)
             self._engine = Engine(
                 EngineSettings(device=options.device, idle_seconds=options.engine_idle, time_limit=options.time_limit),
-                store.network_bytes,
+                functools.partial(networks.network_bytes, store),
             )
             opened.callback(self._engine.close)
             claims = Claims()

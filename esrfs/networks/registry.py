@@ -10,6 +10,7 @@ A network that makes pictures small for another is called ``shrink-`` and the ot
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -118,6 +119,16 @@ def family(name: str) -> dict[str, Path]:
     found = found or {name: enlarger(name)}
     shrinkers = {SHRINKER + member: _anywhere(SHRINKER + member) for member in found}
     return found | {member: path for member, path in shrinkers.items() if path is not None}
+
+
+def with_sha256(sha256: bytes) -> tuple[Path, bytes] | None:
+    """The file that has this digest, and its content, whatever its name; None if it is not here. Reads them all."""
+    for path in (*_files(shipped_directory()), *_files(user_directory())):
+        with contextlib.suppress(OSError):
+            data = path.read_bytes()
+            if hashlib.sha256(data).digest() == sha256:
+                return path, data
+    return None
 
 
 def listing() -> list[Listed]:

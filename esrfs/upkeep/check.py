@@ -10,6 +10,8 @@ import hashlib
 import os
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -18,13 +20,14 @@ from esrfs.blob import container
 from esrfs.blob.container import BlobDamaged, NotABlob
 from esrfs.blob.recipe import Verbatim
 from esrfs.engine.client import EngineError, Rebuilt
+from esrfs.networks import registry
 from esrfs.store import ledger, originals, staging
 from esrfs.store.beneath import beneath
 from esrfs.store.errors import StoreError
 from esrfs.store.examine import is_damaged, may_be_blob
 from esrfs.store.layout import NETWORKS, ORIGINALS, RESERVED, Store
 from esrfs.store.ledger import Purged, ToPlain
-from esrfs.upkeep import walk
+from esrfs.upkeep import networks, walk
 
 Severity = Literal["damage", "note"]
 Rebuild = Callable[[bytes, bytes, bytes], Rebuilt]
@@ -69,34 +72,59 @@ def check(
 
     ``on_progress(files looked at, files in all, path)``. Raises OSError when the store itself can't be read.
     """
-    findings = [*_networks(store), *_ledgers(store), *_originals(store, deep=rebuild is not None), *_staging(store)]
+    findings = [
+        *_kept_networks(store),
+        *_ledgers(store),
+        *_originals(store, deep=rebuild is not None),
+        *_staging(store),
+    ]
     total = sum(1 for _ in walk.files(store))
     files = blobs = rebuilt = 0
-    networks: dict[bytes, str | None] = {}
+    needed: dict[bytes, _Needed] = {}
     for found in walk.files(store):
         files += 1
         on_progress(files, total, found.path)
-        blob, problems = _look_at(store, found.path, networks)
+        blob, problems = _look_at(store, found.path, needed)
         findings += problems
         blobs += blob is not None
         if blob is not None and rebuild is not None and not problems:
             rebuilt += 1
             findings += _view(found.path, blob, rebuild)
+    findings += _lost_networks(needed)
     return Report(files=files, blobs=blobs, rebuilt=rebuilt, findings=findings)
 
 
 def sample(store: Store, count: int) -> list[Finding]:
-    """What is wrong with ``count`` blobs drawn at random; all of them where there are fewer. Rebuilds nothing.
+    """What is wrong with ``count`` blobs drawn at random; all of them where there are fewer. Rebuilds nothing, but a
+    network that the store has lost and esrfs has is put back.
 
     Raises OSError when the store itself can't be read.
     """
     likely = [found.path for found in walk.files(store) if may_be_blob(found.st)]
-    networks: dict[bytes, str | None] = {}
+    needed: dict[bytes, _Needed] = {}
     drawn = random.sample(likely, min(count, len(likely)))
-    return [finding for path in drawn for finding in _look_at(store, path, networks)[1]]
+    findings = [finding for path in drawn for finding in _look_at(store, path, needed)[1]]
+    for sha256, network in needed.items():
+        if network.elsewhere is not None:
+            with contextlib.suppress(StoreError, OSError):
+                networks.network_bytes(store, sha256)
+                network.problem = None
+    return [*findings, *_lost_networks(needed)]
 
 
-def _look_at(store: Store, path: str, networks: dict[bytes, str | None]) -> tuple[container.Blob | None, list[Finding]]:
+@dataclass
+class _Needed:
+    """A network that blobs name."""
+
+    name: str
+    problem: str | None
+    """Why the store's copy can't be used."""
+    elsewhere: Path | None
+    """The same file among esrfs's own networks, looked for if there is a problem."""
+    blobs: int = 0
+
+
+def _look_at(store: Store, path: str, needed: dict[bytes, _Needed]) -> tuple[container.Blob | None, list[Finding]]:
     """The blob at ``path``, None for another file or a damaged one; and what is wrong with it."""
     try:
         descriptor = beneath(store.root_fd, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -116,7 +144,7 @@ def _look_at(store: Store, path: str, networks: dict[bytes, str | None]) -> tupl
         return None, [_damage(path, "unreadable", f"reading it fails: {error}")]
     finally:
         os.close(descriptor)
-    return _blob(store, path, data, genuine, networks)
+    return _blob(store, path, data, genuine, needed)
 
 
 def _damage(path: str, problem: str, message: str) -> Finding:
@@ -152,7 +180,7 @@ def _moved_box(store: Store, path: str, descriptor: int, size: int) -> list[Find
 
 
 def _blob(
-    store: Store, path: str, data: bytes, footer: container.Footer, networks: dict[bytes, str | None]
+    store: Store, path: str, data: bytes, footer: container.Footer, needed: dict[bytes, _Needed]
 ) -> tuple[container.Blob | None, list[Finding]]:
     try:
         blob = container.unpack(data)
@@ -164,21 +192,42 @@ def _blob(
         return blob, [_damage(path, "blob_damaged", f"its footer promises a view of {sizes}. {_ADVICE}")]
     if blob.avif[_FILE_TYPE] not in _PICTURES and not isinstance(recipe.coding, Verbatim):
         return blob, [_damage(path, "blob_damaged", f"its picture is neither AVIF nor JPEG XL. {_ADVICE}")]
-    if recipe.network_sha256:
-        if recipe.network_sha256 not in networks:
-            networks[recipe.network_sha256] = _network_problem(store, recipe.network_sha256)
-        problem = networks[recipe.network_sha256]
-        if problem is not None:
-            return blob, [_damage(path, "network_missing", f"its network {recipe.network} can't be used: {problem}")]
+    digest = recipe.network_sha256
+    if digest:
+        if digest not in needed:
+            needed[digest] = _Needed(recipe.network, *_network_problem(store, digest))
+        network = needed[digest]
+        network.blobs += 1
+        if network.problem is not None and network.elsewhere is None:
+            message = (
+                f"its network {network.name} ({digest.hex()[:16]}) can't be used. {_ADVICE}, or the network itself"
+            )
+            return blob, [_damage(path, "network_missing", message)]
     return blob, []
 
 
-def _network_problem(store: Store, sha256: bytes) -> str | None:
+def _network_problem(store: Store, sha256: bytes) -> tuple[str | None, Path | None]:
+    """Why the store's copy can't be used, None if it can; and where else the same file is."""
     try:
         store.network_bytes(sha256)
     except (StoreError, OSError) as error:
-        return str(error)
-    return None
+        found = registry.with_sha256(sha256)
+        return str(error), found[0] if found is not None else None
+    return None, None
+
+
+def _lost_networks(needed: dict[bytes, _Needed]) -> Iterator[Finding]:
+    """One finding for each network, beside those of the blobs."""
+    for sha256, network in needed.items():
+        if network.problem is None:
+            continue
+        place = f"{RESERVED}/{NETWORKS}/{sha256.hex()}"
+        who = f"{network.blobs} {'blob needs' if network.blobs == 1 else 'blobs need'} the network {network.name}"
+        if network.elsewhere is None:
+            yield _damage(place, "network_missing", f"{who}, and esrfs does not have it either: {network.problem}")
+        else:
+            message = f"{who}. The store has lost it, but {network.elsewhere} is the same file; a mount puts it back"
+            yield _note(place, "network_elsewhere", message)
 
 
 def _view(path: str, blob: container.Blob, rebuild: Rebuild) -> list[Finding]:
@@ -204,7 +253,7 @@ def _view(path: str, blob: container.Blob, rebuild: Rebuild) -> list[Finding]:
     return []
 
 
-def _networks(store: Store) -> Iterator[Finding]:
+def _kept_networks(store: Store) -> Iterator[Finding]:
     for name in sorted(os.listdir(store.networks_fd)):
         if name.startswith("."):
             continue  # on its way in
@@ -213,9 +262,12 @@ def _networks(store: Store) -> Iterator[Finding]:
         except ValueError:
             yield _note(f"{RESERVED}/{NETWORKS}/{name}", "unknown_file", "esrfs did not put this file here")
             continue
-        problem = _network_problem(store, digest)
-        if problem is not None:
+        problem, elsewhere = _network_problem(store, digest)
+        if problem is not None and elsewhere is None:
             yield _damage(f"{RESERVED}/{NETWORKS}/{name}", "network_damaged", problem)
+        elif problem is not None:
+            message = f"it is damaged, but {elsewhere} is the file that it was; a mount puts it back when it is needed"
+            yield _note(f"{RESERVED}/{NETWORKS}/{name}", "network_damaged", message)
 
 
 def _ledgers(store: Store) -> Iterator[Finding]:

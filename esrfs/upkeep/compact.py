@@ -366,10 +366,8 @@ def _has_network(store: Store, recipe: Recipe) -> bool:
     try:
         store.network_bytes(recipe.network_sha256)
     except StoreError:
-        if recipe.network not in registry.names():
-            return False
-        weights = registry.find(recipe.network).read_bytes()
-        return hashlib.sha256(weights).digest() == recipe.network_sha256 == store.keep_network(weights)
+        found = registry.with_sha256(recipe.network_sha256)
+        return found is not None and store.keep_network(found[1]) == recipe.network_sha256
     return True
 
 
