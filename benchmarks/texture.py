@@ -59,8 +59,10 @@ def main() -> None:
     parser.add_argument("--show", nargs="+", help="parts for the sheet, NAME@LEFT,TOP; else each picture's busiest")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    networks = between(*(_file(name).read_bytes() for name in (arguments.fidelity, arguments.adversarial)))
-    shrinker = loading.load(_file(arguments.shrinker).read_bytes())
+    networks = between(
+        *(registry.file_or_name(name).read_bytes() for name in (arguments.fidelity, arguments.adversarial))
+    )
+    shrinker = loading.load(registry.file_or_name(arguments.shrinker).read_bytes())
     scale = networks[0.0].scale
     originals = {path.name: _middle(read_rgb(path), arguments.crop, scale) for path in arguments.pictures}
     versions = {
@@ -184,10 +186,6 @@ def _place(text: str) -> tuple[str, int, int]:
     name, _, place = text.rpartition("@")
     left, _, top = place.partition(",")
     return name, int(left), int(top)
-
-
-def _file(name: str) -> Path:
-    return Path(name) if Path(name).suffix else registry.find(name)
 
 
 if __name__ == "__main__":

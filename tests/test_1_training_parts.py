@@ -70,6 +70,10 @@ def test_settings_are_read() -> None:
         ("patch = 50\nadversarial = 0.1", "multiple of 8"),
         ("l1 = 0.0", "no loss that ties"),
         ("average = 1.0", "never learn"),
+        ("rate = 0.5", "only a shrinker"),
+        ("patch = 15\nfeatures = 1.0", "32 pixels"),
+        ("warm_up = -1", "warm_up can't be negative"),
+        ("discriminator_width = 0", "width below 1"),
         ("steps = ", "line"),
     ],
 )
@@ -77,6 +81,31 @@ def test_settings_that_contradict_themselves_are_refused_in_words(change: str, m
     text = TEXT.replace("steps = 10", change if "steps" in change else f"steps = 10\n{change}")
     with pytest.raises(TrainingError, match=message):
         settings.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"tiny"', '"../tiny"', "can't name a network"),
+        ("upscale = 2", 'upscale = "two"', "can't be built"),
+        ("num_conv = 1", "depth = 1", "can't be built"),
+    ],
+)
+def test_networks_that_can_not_be_built_or_named(old: str, new: str, message: str) -> None:
+    with pytest.raises(TrainingError, match=f"the settings: .*{message}"):
+        settings.parse(TEXT.replace(old, new))
+
+
+def test_settings_by_name(tmp_path: Path) -> None:
+    assert settings.read(settings.file_or_name("lite-x2")).stages
+    with pytest.raises(TrainingError, match=r"no settings called 'lite-x7'.*lite-x2"):
+        settings.file_or_name("lite-x7")
+    wrong = tmp_path / "wrong.toml"
+    with pytest.raises(TrainingError, match=r"wrong\.toml can't be read: No such file"):
+        settings.read(settings.file_or_name(str(wrong)))
+    wrong.write_bytes(b"\xff\xfe")
+    with pytest.raises(TrainingError, match=r"wrong\.toml is no TOML file"):
+        settings.read(wrong)
 
 
 @pytest.mark.parametrize("change", ["validation = -1", "validate_every = 0", "save_every = 0", "log_every = 0"])
@@ -93,7 +122,7 @@ def test_what_a_training_can_not_do_every_0_steps_is_refused(change: str) -> Non
         ("rate = 0.55", "", "nothing else"),
         ("l1 = 0", "l1 = 1", "nothing else"),
         ("patch = 64", "patch = 60", "multiple of 8"),
-        ('"Shrinker"', '"RRDBNet"', "only a shrinker"),
+        ('"Shrinker"', '"RRDBNet"', "RRDBNet can't be built"),
     ],
 )
 def test_settings_of_shrinkers(old: str, new: str, message: str) -> None:

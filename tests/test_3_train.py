@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import PIL
 import pytest
 import torch
 import typer
@@ -89,6 +90,26 @@ def make_inputs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     return make
 
 
+def trained(
+    training: Training,
+    inputs: loop.Inputs,
+    folder: Path,
+    *,
+    until: int | None = None,
+    workers: int = 1,
+    progress: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
+) -> list[dict[str, float]]:
+    """The losses of each step."""
+    found: list[dict[str, float]] = []
+
+    def collect(step: int, losses: dict[str, float]) -> None:
+        found.append(losses)
+        progress(step, losses)
+
+    loop.train(training, inputs, folder, until=until, workers=workers, progress=collect)
+    return found
+
+
 def test_small_versions_are_what_compaction_makes(folder: Path, tmp_path: Path) -> None:
     assert [path.name for path in photographs.find(folder)] == ["a.jpg", "b.png", "c.png"]
     paths = photographs.find(folder)[1:2]
@@ -101,7 +122,7 @@ def test_small_versions_are_what_compaction_makes(folder: Path, tmp_path: Path) 
     clean, coded = odd.small
     small = compactor._Picture(odd.full).small(compactor._Way(2, "4:4:4"), 0, infer)
     assert np.array_equal(clean, np.asarray(small))
-    (kept,) = tmp_path.glob("*.avif")
+    (kept,) = tmp_path.glob("*/*.avif")
     level = int(kept.stem.split("-")[1])
     assert 24 <= level <= 58
     assert kept.read_bytes() == compactor.encode_avif(small, planner.quality(level))
@@ -145,9 +166,9 @@ def test_photographs_set_aside_stay_aside() -> None:
 
 def test_the_same_seed_gives_the_same_network(make_inputs: Callable[[Training], loop.Inputs], tmp_path: Path) -> None:
     inputs = make_inputs(TRAINING)
-    first = loop.train(TRAINING, inputs, tmp_path / "first")
-    second = loop.train(TRAINING, inputs, tmp_path / "second", workers=3)
-    other = loop.train(msgspec.structs.replace(TRAINING, seed=1), inputs, tmp_path / "other")
+    first = trained(TRAINING, inputs, tmp_path / "first")
+    second = trained(TRAINING, inputs, tmp_path / "second", workers=3)
+    other = trained(msgspec.structs.replace(TRAINING, seed=1), inputs, tmp_path / "other")
     assert len(first) == 22
     assert first == second != other
     assert [set(losses) for losses in (first[0], first[14], first[18])] == [
@@ -179,7 +200,7 @@ def test_a_discriminator_that_sees_gray_asks_for_no_colour(
     assert torch.allclose(pictures.grad, pictures.grad.mean(1, keepdim=True).expand_as(pictures))
     training = msgspec.structs.replace(TRAINING, stages=[gray], validation=0)
     colour = msgspec.structs.replace(training, stages=[ADVERSARIAL])
-    losses = [loop.train(each, make_inputs(each), tmp_path / str(i)) for i, each in enumerate((training, colour))]
+    losses = [trained(each, make_inputs(each), tmp_path / str(i)) for i, each in enumerate((training, colour))]
     assert losses[0][0]["l1"] == losses[1][0]["l1"] and losses[0] != losses[1]
     assert "unet, gray" in (tmp_path / "0" / "tiny-x2-texture.md").read_text()
 
@@ -187,12 +208,12 @@ def test_a_discriminator_that_sees_gray_asks_for_no_colour(
 def test_resumed_is_the_same_as_uninterrupted(make_inputs: Callable[[Training], loop.Inputs], tmp_path: Path) -> None:
     """Whatever the stage, and also where a stage ends (14, 18)."""
     inputs = make_inputs(TRAINING)
-    straight = loop.train(TRAINING, inputs, tmp_path / "straight")
+    straight = trained(TRAINING, inputs, tmp_path / "straight")
     seen: list[int] = []
     losses = [
         loss
         for until in (7, 8, 14, 16, 18, 20, None, None)  # the last finds nothing left to do
-        for loss in loop.train(
+        for loss in trained(
             TRAINING, inputs, tmp_path / "resumed", until=until, progress=lambda step, _: seen.append(step)
         )
     ]
@@ -207,17 +228,17 @@ def test_resumed_is_the_same_as_uninterrupted(make_inputs: Callable[[Training], 
 def test_killed_between_checkpoints(make_inputs: Callable[[Training], loop.Inputs], tmp_path: Path) -> None:
     """What came after the last checkpoint is done again, and logged once."""
     inputs = make_inputs(SHORT)
-    straight = loop.train(SHORT, inputs, tmp_path / "straight")
+    straight = trained(SHORT, inputs, tmp_path / "straight")
 
     def die(step: int, losses: dict[str, float]) -> None:
         if step == 11:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        loop.train(SHORT, inputs, tmp_path / "killed", progress=die)
+        trained(SHORT, inputs, tmp_path / "killed", progress=die)
     with (tmp_path / "killed" / "log.jsonl").open("ab") as file:
         file.write(b'{"step": 11, "sta')
-    assert loop.train(SHORT, inputs, tmp_path / "killed") == straight[6:]
+    assert trained(SHORT, inputs, tmp_path / "killed") == straight[6:]
     assert [entry.step for entry in log.read(tmp_path / "killed" / "log.jsonl")] == [5, 10, 14]
     data = [(tmp_path / name / "tiny-x2.safetensors").read_bytes() for name in ("straight", "killed")]
     assert data[0] == data[1]
@@ -227,19 +248,90 @@ def test_a_checkpoint_of_another_training_is_refused(
     make_inputs: Callable[[Training], loop.Inputs], tmp_path: Path
 ) -> None:
     inputs = make_inputs(SHORT)
-    loop.train(SHORT, inputs, tmp_path, until=1)
+    trained(SHORT, inputs, tmp_path, until=1)
     with pytest.raises(TrainingError, match="other settings"):
-        loop.train(msgspec.structs.replace(SHORT, seed=7), inputs, tmp_path)
-    fewer = loop.Inputs(learn=inputs.learn[:1], aside=[])
-    with pytest.raises(TrainingError, match="other photographs"):
-        loop.train(SHORT, fewer, tmp_path)
+        trained(msgspec.structs.replace(SHORT, seed=7), inputs, tmp_path)
+    start = loading.read((tmp_path / "tiny-x2.safetensors").read_bytes())[1]
+    for change, message in (
+        (msgspec.structs.replace(inputs, learn=inputs.learn[:1]), "other photographs"),
+        (msgspec.structs.replace(inputs, shrinker_sha256="1"), "another shrinker"),
+        (msgspec.structs.replace(inputs, encoder="2", enlarger_sha256="1"), "another AVIF encoder, another enlarger"),
+        (msgspec.structs.replace(inputs, start=start), "other starting weights"),
+        (msgspec.structs.replace(inputs, perceptual=None), "another perceptual loss"),
+    ):
+        with pytest.raises(TrainingError, match=f"was made with {message};"):
+            trained(SHORT, change, tmp_path)
+    trained(SHORT, inputs, tmp_path, until=2)
+
+
+def test_a_checkpoint_that_can_not_be_read(make_inputs: Callable[[Training], loop.Inputs], tmp_path: Path) -> None:
+    inputs = make_inputs(SHORT)
+    trained(SHORT, inputs, tmp_path, until=1)
+    checkpoint = tmp_path / "checkpoint.pt"
+    whole = checkpoint.read_bytes()
+    state = torch.load(checkpoint, weights_only=True)
+    for content in (whole[:1000], b"", b"no checkpoint"):
+        checkpoint.write_bytes(content)
+        with pytest.raises(TrainingError, match=r"checkpoint\.pt is damaged"):
+            trained(SHORT, inputs, tmp_path)
+        assert checkpoint.read_bytes() == content, "it stays as it is"
+    torch.save({**state, "inputs": "as esrfs wrote it once"}, checkpoint)
+    with pytest.raises(TrainingError, match="another version of esrfs"):
+        trained(SHORT, inputs, tmp_path)
+
+
+def test_a_network_that_was_not_written_any_more_is_written_by_the_next_run(
+    make_inputs: Callable[[Training], loop.Inputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a crash, or on a full disk, between the last step and the files."""
+    inputs = make_inputs(SHORT)
+    trained(SHORT, inputs, tmp_path / "straight")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("esrfs.train.export.write", fail)
+        with pytest.raises(OSError, match="No space left"):
+            trained(SHORT, inputs, tmp_path / "again")
+    assert not (tmp_path / "again" / "tiny-x2.safetensors").exists()
+    trained(SHORT, inputs, tmp_path / "again")
+    files = [(tmp_path / name / "tiny-x2.safetensors").read_bytes() for name in ("straight", "again")]
+    assert files[0] == files[1]
+
+
+def test_two_trainings_do_not_write_to_one_folder(
+    make_inputs: Callable[[Training], loop.Inputs], tmp_path: Path
+) -> None:
+    inputs = make_inputs(SHORT)
+
+    def another(step: int, losses: dict[str, float]) -> None:
+        with pytest.raises(loop.BusyError, match="another training writes to"):
+            trained(SHORT, inputs, tmp_path)
+
+    trained(SHORT, inputs, tmp_path, until=1, progress=another)
+
+
+def test_what_another_encoder_made_is_not_used(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = photographs.find(folder)[:1]
+    photographs.load(paths, TRAINING, tmp_path)
+    (before,) = tmp_path.glob("*/*.avif")
+    assert before.parent.name == store_degradation.encoder()
+    assert before.parent.name.startswith(f"pillow-{PIL.__version__}-libavif-")
+    code = store_degradation.code
+    with monkeypatch.context() as patched:
+        patched.setattr(store_degradation, "code", lambda small, level: code(small, level // 2))
+        store_degradation.encoder.cache_clear()
+        photographs.load(paths, TRAINING, tmp_path)
+        assert len(list(tmp_path.glob("*/*.avif"))) == 2, "other settings are another encoder, too"
+    store_degradation.encoder.cache_clear()
 
 
 def test_it_learns(make_inputs: Callable[[Training], loop.Inputs], tmp_path: Path) -> None:
     stage = msgspec.structs.replace(FIDELITY, steps=150, learning_rate=3e-3)
     training = msgspec.structs.replace(TRAINING, stages=[stage], validate_every=75)
     inputs = make_inputs(training)
-    losses = [step["l1"] for step in loop.train(training, inputs, tmp_path / "a")]
+    losses = [step["l1"] for step in trained(training, inputs, tmp_path / "a")]
     assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:5])
     measured = [entry.validation for entry in log.read(tmp_path / "a" / "log.jsonl") if entry.validation]
     assert len(measured) == 2
@@ -248,12 +340,12 @@ def test_it_learns(make_inputs: Callable[[Training], loop.Inputs], tmp_path: Pat
     assert rates == pytest.approx([stage.learning_rate / stage.warm_up, stage.learning_rate, 0], abs=2e-6)
     # Another training begins where this one ended.
     start = loading.read((tmp_path / "a" / "tiny-x2.safetensors").read_bytes())[1]
-    on = loop.train(SHORT, msgspec.structs.replace(inputs, start=start), tmp_path / "b", until=5)
+    on = trained(SHORT, msgspec.structs.replace(inputs, start=start), tmp_path / "b", until=5)
     assert np.mean([step["l1"] for step in on]) < 0.8 * np.mean(losses[:5])
 
 
 def test_what_can_not_be_learnt_from(
-    folder: Path, tmp_path: Path, make_inputs: Callable[[Training], loop.Inputs]
+    folder: Path, tmp_path: Path, make_inputs: Callable[[Training], loop.Inputs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(TrainingError, match="holds no pictures"):
         photographs.find(tmp_path)
@@ -261,12 +353,22 @@ def test_what_can_not_be_learnt_from(
     broken.write_bytes(b"\xff\xd8\xff")
     with pytest.raises(TrainingError, match=r"broken\.jpg can't be read as a picture"):
         photographs.load([broken], TRAINING, tmp_path)
+    with pytest.raises(FileNotFoundError):
+        photographs.find(tmp_path / "nowhere")
     wide = msgspec.structs.replace(SHORT, stages=[msgspec.structs.replace(FIDELITY, patch=64)])
-    with pytest.raises(TrainingError, match="only 90 pixels"):
-        loop.train(wide, make_inputs(wide), tmp_path / "out")
+    paths = photographs.find(folder)
+    with pytest.raises(TrainingError, match=r"b\.png has only 151 × 101 pixels, and patches are 128 wide"):
+        photographs.check(paths, [], wide)
+    photographs.check(paths[:1], paths[1:], wide)
+    with pytest.raises(TrainingError, match=r"broken\.jpg can't be read as a picture"):
+        photographs.check([broken], [], SHORT)
+    with monkeypatch.context() as patched:
+        patched.setattr("esrfs.engine.room.available", lambda: 1e5)
+        with pytest.raises(TrainingError, match=r"3 photographs of 0 megapixels take 0\.0 GB"):
+            photographs.check(paths, [], SHORT)
     exploding = msgspec.structs.replace(SHORT, stages=[msgspec.structs.replace(FIDELITY, learning_rate=1e30)])
     with pytest.raises(TrainingError, match="lower learning rate"):
-        loop.train(exploding, make_inputs(exploding), tmp_path / "out")
+        trained(exploding, make_inputs(exploding), tmp_path / "out")
 
 
 SETTINGS = """
@@ -302,6 +404,8 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert loading.load((out / "tiny.safetensors").read_bytes()).spec.name == "tiny"
     card = (out / "tiny.md").read_text()
     assert "three pictures" in card and "Real-ESRGAN" in card and "4 of 4 steps" in card and "Apache-2.0" in card
+    again = subprocess.run(_command(folder, settings, out), capture_output=True, text=True, check=True, env=environment)
+    assert "stopped" not in again.stdout, "it is done"
     settings.write_text(SETTINGS.replace("STEPS", "no"))
     wrong = subprocess.run(_command(folder, settings, out), capture_output=True, text=True, check=False)
     assert wrong.returncode == 1
@@ -311,9 +415,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
 def test_half_the_size(make_inputs: Callable[[Training], loop.Inputs], tmp_path: Path) -> None:
     """Exported as fp16; what is learnt is not rounded."""
     half = msgspec.structs.replace(SHORT, stored="fp16")
-    assert loop.train(half, make_inputs(half), tmp_path / "half") == loop.train(
-        SHORT, make_inputs(SHORT), tmp_path / "whole"
-    )
+    assert trained(half, make_inputs(half), tmp_path / "half") == trained(SHORT, make_inputs(SHORT), tmp_path / "whole")
     small, large = ((tmp_path / name / "tiny-x2.safetensors").read_bytes() for name in ("half", "whole"))
     picture = np.random.default_rng(1).integers(0, 256, (1, 20, 20, 3), dtype=np.uint8)
     assert np.abs(loading.load(small)(picture).astype(int) - loading.load(large)(picture)).max() <= 1
@@ -347,7 +449,7 @@ def test_a_signal_stops_it_between_steps_and_it_goes_on(folder: Path, tmp_path: 
 def test_curves(make_inputs: Callable[[Training], loop.Inputs], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (the extra `train`)")
     assert curves.draw(tmp_path) is None, "nothing is logged yet"
-    loop.train(TRAINING, make_inputs(TRAINING), tmp_path)
+    trained(TRAINING, make_inputs(TRAINING), tmp_path)
     path = curves.draw(tmp_path)
     assert path is not None
     with Image.open(path) as picture:
@@ -384,8 +486,8 @@ def test_a_shrinker_learns(make_inputs: Callable[[Training], loop.Inputs], tmp_p
     """It begins by changing nothing, stopped and resumed it learns the same, and its file makes pictures small."""
     lite = loading.load((Path(__file__).resolve().parents[1] / "weights" / "lite-x2.safetensors").read_bytes())
     inputs = msgspec.structs.replace(make_inputs(SHRINKING), enlarger=lite, enlarger_sha256="0")
-    straight = loop.train(SHRINKING, inputs, tmp_path / "straight")
-    losses = [loss for until in (13, None) for loss in loop.train(SHRINKING, inputs, tmp_path / "again", until=until)]
+    straight = trained(SHRINKING, inputs, tmp_path / "straight")
+    losses = [loss for until in (13, None) for loss in trained(SHRINKING, inputs, tmp_path / "again", until=until)]
     assert losses == straight
     assert straight[0]["rate"] == pytest.approx(1)
     assert np.mean([loss["rate"] for loss in straight[-8:]]) < 0.999
@@ -398,8 +500,8 @@ def test_a_shrinker_learns(make_inputs: Callable[[Training], loop.Inputs], tmp_p
     plain, shrunk = (measure.measure(lite, full, 44, shrinker=used) for used in (None, shrinker))
     assert plain != shrunk and shrunk.bytes == pytest.approx(plain.bytes, rel=0.1)
     other = msgspec.structs.replace(inputs, enlarger_sha256="1")
-    with pytest.raises(TrainingError, match="other photographs or starting weights"):
-        loop.train(SHRINKING, other, tmp_path / "straight")
+    with pytest.raises(TrainingError, match="another enlarger"):
+        trained(SHRINKING, other, tmp_path / "straight")
 
 
 def test_what_is_coded_went_through_the_shrinker(folder: Path, tmp_path: Path) -> None:

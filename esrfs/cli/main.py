@@ -11,7 +11,6 @@ import io
 import os
 import platform
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -140,21 +139,14 @@ def run(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAILED
     except PermissionError as error:
-        note(_describe(error))
+        note(show.failure(error))
         return ExitCode.PERMISSION
     except OSError as error:
-        note(_describe(error))
+        note(show.failure(error))
         return ExitCode.FAILED
     except Exception as error:
-        traceback.print_exc()
-        note(f"this is a bug in esrfs ({error!r}); please report it with the lines above")
-        return ExitCode.INTERNAL
+        return show.bug(error)
     return ExitCode.OK
-
-
-def _describe(error: OSError) -> str:
-    reason = error.strerror or str(error)
-    return f"{error.filename}: {reason}" if error.filename is not None else reason
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -45,6 +46,19 @@ def size(count: int | float) -> str:
             return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:,.2f} TB"
+
+
+def failure(error: OSError) -> str:
+    """What happened, and to which file where that is known."""
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename is not None else reason
+
+
+def bug(error: Exception) -> ExitCode:
+    """Of what should not have happened: all there is to know, and the exit code."""
+    traceback.print_exc()
+    note(f"this is a bug in esrfs ({error!r}); please report it with the lines above")
+    return ExitCode.INTERNAL
 
 
 def number_of(count: int, thing: str) -> str:

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from esrfs.engine.client import Device
+
 
 def add_to(app: typer.Typer) -> None:
     app.command()(train)
@@ -26,11 +28,13 @@ def train(  # noqa: PLR0917 (typer calls it by name)
         Path | None,
         typer.Option(metavar="DIR", help="Where coded photographs are kept between trainings. [default: XDG cache]"),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[Device, typer.Option(help="Where the network runs.")] = "auto",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of the network: part of what repeats a run.")] = 2,
     workers: Annotated[int, typer.Option(min=1, help="Threads that prepare patches; more for a GPU.")] = 1,
-    until: Annotated[int | None, typer.Option(metavar="STEP", help="Stop there; the same command goes on.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")] = None,
+    until: Annotated[
+        int | None, typer.Option(min=1, metavar="STEP", help="Stop there; the same command goes on.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Stop after so long; the same command goes on.")] = None,
     vgg19: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Weights of torchvision's VGG19, for the perceptual loss; else a built-in."),

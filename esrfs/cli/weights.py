@@ -103,16 +103,12 @@ def interpolate(
     from esrfs.networks.interpolation import interpolate as mixed  # noqa: PLC0415 (torch, for this command only)
 
     try:
-        data = mixed(_read(fidelity), _read(adversarial), texture, out.stem)
+        first, second = (registry.file_or_name(each).read_bytes() for each in (fidelity, adversarial))
+        data = mixed(first, second, texture, out.stem)
     except (ValueError, WeightsError) as error:
         raise CommandError(str(error), ExitCode.NETWORK) from error
     whole.write(out, data)
     show.line(f"{out}; `esrfs weights add {out}` makes it known by the name {out.stem}")
-
-
-def _read(network: str) -> bytes:
-    """Of a name, or of a file if it looks like one."""
-    return (Path(network) if Path(network).suffix in registry.SUFFIXES else registry.find(network)).read_bytes()
 
 
 def upscale(

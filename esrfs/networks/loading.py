@@ -9,8 +9,8 @@ nothing else.
 from __future__ import annotations
 
 import io
-import pickle
 import re
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -121,11 +121,20 @@ def save(description: NetworkSpec, tensors: dict[str, Tensor]) -> bytes:
     return data
 
 
+def unpickled(data: bytes) -> Any:
+    """What ``torch.save`` wrote: tensors, numbers, text, and lists and dicts of such. Raises ValueError."""
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"can't be read as what torch writes ({reason})") from error
+
+
 def _read_official(data: bytes, name: str) -> tuple[NetworkSpec, dict[str, Tensor]]:
     try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"the .pth file can't be read as weights: {error}") from error
+        content = unpickled(data)
+    except ValueError as error:
+        raise ValueError(f"the .pth file {error}") from error
     if isinstance(content, dict):
         content = content.get("params_ema", content.get("params", content))
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):

@@ -104,6 +104,18 @@ def find(name: str) -> Path:
     raise WeightsError(f"there is no network called {name!r}; esrfs has {', '.join(names())}")
 
 
+def file_or_name(text: str) -> Path:
+    """The file called ``text``, if it looks like one of weights; else that of the network called so, as :func:`find`
+    tells."""
+    path = Path(text)
+    return path if path.suffix in SUFFIXES else find(text)
+
+
+def is_name(text: str) -> bool:
+    """Whether a network can be called so."""
+    return _NAME.fullmatch(text) is not None
+
+
 def enlarger(name: str) -> Path:
     """As :func:`find`, of a network that enlarges pictures."""
     if name.startswith(SHRINKER):
@@ -174,7 +186,7 @@ def add(path: Path, name: str = "") -> Path:
     """
     name = name or path.stem
     _check_kind(path)
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise WeightsError(f"{name!r} can't name a network: use letters, digits, dot, dash and underscore")
     if name in official():
         raise WeightsError(f"{name} is the name of official weights; use another name, or `esrfs weights pull {name}`")
@@ -296,7 +308,7 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _file(directory: Path, name: str) -> Path | None:
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         return None
     return next((path for suffix in SUFFIXES if (path := directory / (name + suffix)).is_file()), None)
 

@@ -6,6 +6,7 @@ Stop it at any time, with Ctrl-C or SIGTERM; the same command goes on where it s
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import signal
 import sys
 import time
@@ -18,10 +19,12 @@ import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from esrfs.cli import show
+from esrfs.engine.client import Device
 from esrfs.exit_codes import ExitCode
 from esrfs.networks import loading, registry
 from esrfs.networks.registry import WeightsError
-from esrfs.train import curves, features, log, loop, photographs, settings
+from esrfs.train import curves, features, log, loop, photographs, settings, store_degradation
 from esrfs.train.settings import StoreDegradation, Training, TrainingError
 
 
@@ -30,7 +33,7 @@ def main(  # noqa: PLR0917 (typer calls it by name)
     data: Annotated[Path, typer.Option()],
     out: Annotated[Path, typer.Option()],
     cache: Annotated[Path | None, typer.Option()] = None,
-    device: str = "auto",
+    device: Device = "auto",
     threads: int = 2,
     workers: int = 1,
     until: int | None = None,
@@ -39,15 +42,10 @@ def main(  # noqa: PLR0917 (typer calls it by name)
 ) -> None:
     """The options are explained in esrfs/cli/training.py."""
     torch.set_num_threads(threads)
-    stopping = _stop_between_steps()
     begun = time.monotonic()
-    path = Path(what)
-    if not path.suffix:
-        path = registry.shipped_directory() / "training" / f"{what}.toml"
-    training = settings.read(path)
+    training = settings.read(settings.file_or_name(what))
     chosen = _device(device)
     total = sum(stage.steps for stage in training.stages)
-    finished = 0
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -66,8 +64,6 @@ def main(  # noqa: PLR0917 (typer calls it by name)
         recent: dict[str, float] = {}
 
         def progress(step: int, losses: dict[str, float]) -> None:
-            nonlocal finished
-            finished = step
             for name, loss in losses.items():
                 recent[name] = 0.99 * recent.get(name, loss) + 0.01 * loss
             note = " ".join(f"{name} {recent[name]:.4f}" for name in losses)
@@ -77,7 +73,8 @@ def main(  # noqa: PLR0917 (typer calls it by name)
             note = " ".join(f"{name} {recent[name]:.5f}" for name in recent)
             bars.console.print(f"step {step}: {note}; set aside: {log.in_words(figures)}")
 
-        loop.train(
+        stopping = _stop_between_steps()
+        finished = loop.train(
             training,
             inputs,
             out,
@@ -92,7 +89,10 @@ def main(  # noqa: PLR0917 (typer calls it by name)
     for file in sorted({f"{stage.name}.safetensors" for stage in training.stages}):
         if (out / file).exists():
             typer.echo(f"{out / file} is written")
-    typer.echo(f"{drawn} shows its course" if drawn else "no curves: they need matplotlib (pip install 'esrfs[train]')")
+    if drawn:
+        typer.echo(f"{drawn} shows its course")
+    elif importlib.util.find_spec("matplotlib") is None:
+        typer.echo("no curves: they need matplotlib (pip install 'esrfs[train]')")
     if finished < total:
         typer.echo(f"stopped at step {finished} of {total}; the same command goes on from here")
 
@@ -101,10 +101,14 @@ def _inputs(
     training: Training, data: Path, cache: Path, vgg19: Path | None, bars: Progress, *, device: torch.device
 ) -> loop.Inputs:
     aside, learn = photographs.set_aside(photographs.find(data), training.validation)
+    photographs.check(learn, aside, training)
     task = bars.add_task("reading photographs", total=len(aside) + len(learn), note="")
-    shrinker, start = None, None
+    shrinker, shrinker_sha256, encoder, start = None, "", "", None
+    if isinstance(training.degradation, StoreDegradation) and training.degradation.versions:
+        encoder = store_degradation.encoder()
     if isinstance(training.degradation, StoreDegradation) and training.degradation.shrinker:
-        shrinker = loading.load(_weights(training.degradation.shrinker))
+        content = _weights(training.degradation.shrinker)
+        shrinker, shrinker_sha256 = loading.load(content), hashlib.sha256(content).hexdigest()
         if shrinker.channels != 3 * training.scale**2 + 4:
             raise TrainingError(
                 f"{training.degradation.shrinker} does not make pictures {training.scale} times smaller"
@@ -121,7 +125,10 @@ def _inputs(
         if enlarger.scale != training.scale or enlarger.spec.architecture == "Shrinker":
             raise TrainingError(f"{training.enlarger} does not enlarge by {training.scale}")
         bars.console.print(f"made for {training.enlarger}, sha256 {enlarger_sha256[:16]}…")
-    perceptual = features.build(vgg19) if any(stage.features for stage in training.stages) else None
+    wants_features = any(stage.features for stage in training.stages)
+    if vgg19 is not None and not wants_features:
+        raise TrainingError("--vgg19 is for stages with `features`, and these settings have none; leave it out")
+    perceptual = features.build(vgg19) if wants_features else None
     return loop.Inputs(
         learn=loaded[0],
         aside=loaded[1],
@@ -129,18 +136,19 @@ def _inputs(
         perceptual=perceptual,
         enlarger=enlarger,
         enlarger_sha256=enlarger_sha256,
+        shrinker_sha256=shrinker_sha256,
+        encoder=encoder,
     )
 
 
 def _weights(name: str) -> bytes:
-    path = Path(name)
-    return (path if path.suffix else registry.find(name)).read_bytes()
+    return registry.file_or_name(name).read_bytes()
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda"):
+    if name == "cuda":
         if not torch.cuda.is_available():
             raise TrainingError("there is no GPU that torch can use; give --device cpu")
         torch.backends.cudnn.benchmark = True
@@ -148,7 +156,8 @@ def _device(name: str) -> torch.device:
 
 
 def _stop_between_steps() -> list[int]:
-    """Filled by a signal: the step that runs is finished and kept. A second Ctrl-C ends at once."""
+    """Filled by a signal: the step that runs is finished and kept. A second Ctrl-C ends at once. (Before there are
+    steps the first does: photographs that are coded are kept.)"""
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
@@ -166,6 +175,17 @@ if __name__ == "__main__":
         typer.run(main)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
-    except (TrainingError, ValueError, OSError, WeightsError) as error:
-        sys.stderr.write(f"esrfs train: {error}\n")
+    except WeightsError as error:
+        show.note(str(error))
+        sys.exit(ExitCode.NETWORK)
+    except loop.BusyError as error:
+        show.note(str(error))
+        sys.exit(ExitCode.BUSY)
+    except OSError as error:
+        show.note(show.failure(error))
+        sys.exit(ExitCode.PERMISSION if isinstance(error, PermissionError) else ExitCode.FAILED)
+    except ValueError as error:
+        show.note(str(error))
         sys.exit(ExitCode.FAILED)
+    except Exception as error:
+        sys.exit(show.bug(error))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from pathlib import Path
 
+from esrfs import whole
 from esrfs.train import log
 
 FILE = "curves.png"
@@ -17,7 +19,7 @@ def draw(folder: Path) -> Path | None:
         from matplotlib.figure import Figure  # noqa: PLC0415 (an optional dependency)
     except ImportError:
         return None
-    entries = log.read(folder / "log.jsonl")
+    entries = log.read(folder / log.FILE)
     names = list(dict.fromkeys(name for entry in entries for name in entry.losses))
     figures = list(dict.fromkeys(name for entry in entries for name in entry.validation))
     if not names:
@@ -35,6 +37,8 @@ def draw(folder: Path) -> Path | None:
         axes.set_title(f"{name}, set aside" if measured else f"loss: {name}")
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=80)
     path = folder / FILE
-    figure.savefig(path, dpi=80)
+    whole.write(path, drawn.getvalue())
     return path

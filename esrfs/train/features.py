@@ -12,13 +12,14 @@ stays truer. Two sources of features:
 
 from __future__ import annotations
 
-import pickle
+import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (torch's own convention)
 
+from esrfs.networks import loading
 from esrfs.train.settings import TrainingError
 
 _VGG19 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 512, 512, 512, 512)
@@ -31,6 +32,8 @@ class VGGFeatures(nn.Module):
     """L1 distance of VGG19's features before activation. Pictures N×3×H×W, RGB in 0 to 1, 32 pixels or more."""
 
     description = "VGG19 (ImageNet), before activation"
+    sha256 = ""
+    """Of the file of weights."""
     mean: Tensor
     deviation: Tensor
 
@@ -109,14 +112,24 @@ class BuiltInFeatures(nn.Module):
 PerceptualLoss = VGGFeatures | BuiltInFeatures
 
 
+def fingerprint(loss: PerceptualLoss | None) -> str:
+    """Tells one from another."""
+    if loss is None:
+        return ""
+    return f"{loss.description} {loss.sha256}" if isinstance(loss, VGGFeatures) else loss.description
+
+
 def build(vgg19: Path | None) -> PerceptualLoss:
-    """From the user's weights of VGG19, or the built-in one. Raises TrainingError when the file isn't that."""
+    """From the user's weights of VGG19, or the built-in one. Raises TrainingError when the file isn't that, OSError."""
     if vgg19 is None:
         return BuiltInFeatures()
+    data = vgg19.read_bytes()
     try:
-        state = torch.load(vgg19, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise TrainingError(f"{vgg19} can't be read as weights: {error}") from error
+        state = loading.unpickled(data)
+    except ValueError as error:
+        raise TrainingError(f"{vgg19} {error}") from error
     if not isinstance(state, dict):
         raise TrainingError(f"{vgg19} holds no state dict")
-    return VGGFeatures(state)
+    loss = VGGFeatures(state)
+    loss.sha256 = hashlib.sha256(data).hexdigest()
+    return loss

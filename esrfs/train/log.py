@@ -1,4 +1,4 @@
-"""What a training tells about itself: ``log.jsonl`` in its folder, a line every few steps. Curves are drawn from it."""
+"""What a training tells about itself: a line every few steps. Curves are drawn from it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 import msgspec
 
 from esrfs import whole
+
+FILE = "log.jsonl"
+"""In a training's folder."""
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

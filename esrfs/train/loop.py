@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fcntl
 import hashlib
+import io
 import os
 import time
 from collections import deque
@@ -25,15 +27,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (torch's own convention)
 
+from esrfs import whole
 from esrfs.metrics.differentiable import ssimulacra2
 from esrfs.networks import architectures, loading
-from esrfs.train import discriminators, export, log, shrinking, validation
+from esrfs.train import discriminators, export, features, log, shrinking, validation
 from esrfs.train.features import PerceptualLoss
-from esrfs.train.photographs import Batch, Photograph, draw_batch, smallest_side
+from esrfs.train.photographs import Batch, Photograph, draw_batch
 from esrfs.train.settings import Stage, Training, TrainingError
 
 CHECKPOINT = "checkpoint.pt"
-LOG = "log.jsonl"
+
+
+class BusyError(TrainingError):
+    """For people: another training writes to this folder."""
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,16 +55,25 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     enlarger: loading.Network | None = None
     """What a shrinker is made for."""
     enlarger_sha256: str = ""
+    shrinker_sha256: str = ""
+    """Of the degradation's."""
+    encoder: str = ""
+    """What coded the photographs, as ``store_degradation.encoder``; empty: nothing did."""
 
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> dict[str, str]:
+        """What else decides how a training turns out: words for people where it is another one, and what tells that."""
         contents = b"".join(photograph.content for photograph in (*self.learn, *self.aside))
-        digest = hashlib.sha256(contents)
+        start = hashlib.sha256()
         for name, value in sorted((self.start or {}).items()):
-            digest.update(name.encode() + value.float().contiguous().numpy().tobytes())
-        if self.perceptual is not None:
-            digest.update(self.perceptual.description.encode())
-        digest.update(self.enlarger_sha256.encode())
-        return digest.hexdigest()
+            start.update(name.encode() + value.float().contiguous().numpy().tobytes())
+        return {
+            "other photographs": hashlib.sha256(contents).hexdigest(),
+            "other starting weights": start.hexdigest() if self.start else "",
+            "another perceptual loss": features.fingerprint(self.perceptual),
+            "another enlarger": self.enlarger_sha256,
+            "another shrinker": self.shrinker_sha256,
+            "another AVIF encoder": self.encoder,
+        }
 
 
 class _State:
@@ -108,7 +123,7 @@ class _State:
         """Steps done, over all stages."""
         return sum(stage.steps for stage in self._training.stages[: self.stage]) + self.step
 
-    def save(self, path: Path, fingerprint: str) -> None:
+    def save(self, path: Path, fingerprint: dict[str, str]) -> None:
         state: dict[str, Any] = {
             "training": msgspec.json.encode(self._training, order="sorted").decode(),
             "inputs": fingerprint,
@@ -122,24 +137,28 @@ class _State:
         if self.critic is not None and self.critic_optimizer is not None:
             state["critic"] = self.critic.state_dict()
             state["critic_optimizer"] = self.critic_optimizer.state_dict()
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        data = io.BytesIO()
+        torch.save(state, data)  # (to a file that can't grow it raises no OSError)
+        whole.write(path, data.getvalue())
 
-    def load(self, path: Path, fingerprint: str) -> None:
-        state: dict[str, Any] = torch.load(path, map_location=self._device, weights_only=True)
-        if msgspec.json.decode(state["training"], type=Training) != self._training:
+    def load(self, path: Path, fingerprint: dict[str, str]) -> None:
+        try:
+            state: dict[str, Any] = loading.unpickled(path.read_bytes())
+            made_by, made_from = msgspec.json.decode(state["training"], type=Training), dict(state["inputs"])
+        except (ValueError, KeyError, TypeError) as error:
             raise TrainingError(
-                f"{path} belongs to a training with other settings ({state['training']}); "
+                f"{path} is damaged, or of another version of esrfs ({error}); give another folder, or remove it to "
+                "begin anew"
+            ) from error
+        if other := _unlike(msgspec.to_builtins(made_by), msgspec.to_builtins(self._training)):
+            raise TrainingError(
+                f"{path} belongs to a training with other settings ({', '.join(other)}); "
                 "give the same settings to go on with it, or another folder to begin anew"
             )
-        if state["inputs"] != fingerprint:
+        if other := _unlike(made_from, fingerprint):
             raise TrainingError(
-                f"{path} was made from other photographs or starting weights; give the same ones to go on with it, or "
-                "another folder to begin anew"
+                f"{path} was made with {', '.join(other)}; give the same to go on with it, or another folder to begin "
+                "anew"
             )
         self._begin(state["stage"])
         self.step = state["step"]
@@ -150,6 +169,11 @@ class _State:
         if self.critic is not None and self.critic_optimizer is not None:
             self.critic.load_state_dict(state["critic"])
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+
+
+def _unlike(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The keys of either whose values differ."""
+    return [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
 
 
 def _adam(model: nn.Module) -> torch.optim.Optimizer:
@@ -174,73 +198,80 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
     validated: Callable[[int, dict[str, float]], None] = lambda step, figures: None,
-) -> list[dict[str, float]]:
+) -> int:
     """Train to the end of the last stage (or to step ``until``, or to where ``stop`` says True, to be resumed), going
     on from the checkpoint in ``folder`` if there is one.
 
     ``progress`` is called after each step with the number of steps done and its losses, ``validated`` after each look
-    at the photographs set aside. ``workers`` threads draw patches ahead. Returns the losses of these steps. On a CPU,
-    the same settings, inputs and number of torch threads give the same losses and weights, resumed or not. Raises
-    TrainingError when the checkpoint belongs to another training, or a patch is larger than a photograph.
+    at the photographs set aside. ``workers`` threads draw patches ahead. Returns how many steps are done, over all
+    runs. On a CPU, the same settings, inputs and number of torch threads give the same losses and weights, resumed or
+    not. Raises TrainingError when the checkpoint belongs to another training, BusyError, OSError.
     """
     device = device or torch.device("cpu")
-    largest = max(stage.patch for stage in training.stages) * training.scale
-    if smallest_side(inputs.learn) < largest:
-        raise TrainingError(
-            f"a photograph is only {smallest_side(inputs.learn)} pixels high or wide, and patches are {largest}; "
-            "take small pictures out of the folder, or make `patch` smaller"
-        )
+    with _alone(folder):
+        checkpoint, journal = folder / CHECKPOINT, folder / log.FILE
+        fingerprint = inputs.fingerprint()
+        state = _State(training, inputs, device)
+        if checkpoint.exists():
+            state.load(checkpoint, fingerprint)
+        log.cut(journal, state.total)
+        end = sum(stage.steps for stage in training.stages)
+        end = end if until is None else min(until, end)
+        unlogged: list[dict[str, float]] = []
+        perceptual = None if inputs.perceptual is None else inputs.perceptual.to(device)
+        before = time.monotonic()
+        with _batches(training, inputs.learn, state.total, end, workers) as batches:
+            while state.total < end:
+                if state.step == state.settings.steps:
+                    state.next_stage()
+                unlogged.append(_step(training, state, next(batches), perceptual, inputs.enlarger))
+                done = state.total
+                progress(done, unlogged[-1])
+                now = time.monotonic()
+                state.seconds += now - before
+                before = now
+                entries = []
+                over = state.step == state.settings.steps
+                last = done == end or stop()
+                if done % training.log_every == 0 or over or last:
+                    rate = learning_rate(state.settings, state.step - 1)
+                    entries.append(_entry(state, losses=_means(unlogged), rate=rate))
+                    unlogged = []
+                if inputs.aside and (done % training.validate_every == 0 or over):
+                    figures = validation.measure(training, state.average, inputs.aside, device, inputs.enlarger)
+                    entries.append(_entry(state, validation=figures))
+                    validated(done, figures)
+                log.append(journal, entries)
+                if done % training.save_every == 0 or over or last:
+                    export.write(
+                        training,
+                        state.average,
+                        folder,
+                        stage=state.stage,
+                        steps=state.step,
+                        features=inputs.perceptual.description if inputs.perceptual is not None else "",
+                        entries=log.read(journal),
+                    )
+                    # Last: what a checkpoint says was done is never done again.
+                    state.save(checkpoint, fingerprint)
+                if last:
+                    break
+        return state.total
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """The only training that writes to ``folder``, which is made. Raises BusyError."""
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, journal = folder / CHECKPOINT, folder / LOG
-    fingerprint = inputs.fingerprint()
-    state = _State(training, inputs, device)
-    if checkpoint.exists():
-        state.load(checkpoint, fingerprint)
-    log.cut(journal, state.total)
-    end = sum(stage.steps for stage in training.stages)
-    end = end if until is None else min(until, end)
-    losses: list[dict[str, float]] = []
-    unlogged: list[dict[str, float]] = []
-    perceptual = None if inputs.perceptual is None else inputs.perceptual.to(device)
-    before = time.monotonic()
-    with _batches(training, inputs.learn, state.total, end, workers) as batches:
-        while state.total < end:
-            if state.step == state.settings.steps:
-                state.next_stage()
-            losses.append(_step(training, state, next(batches), perceptual, inputs.enlarger))
-            unlogged.append(losses[-1])
-            done = state.total
-            progress(done, losses[-1])
-            now = time.monotonic()
-            state.seconds += now - before
-            before = now
-            entries = []
-            over = state.step == state.settings.steps
-            last = done == end or stop()
-            if done % training.log_every == 0 or over or last:
-                rate = learning_rate(state.settings, state.step - 1)
-                entries.append(_entry(state, losses=_means(unlogged), rate=rate))
-                unlogged = []
-            if inputs.aside and (done % training.validate_every == 0 or over):
-                figures = validation.measure(training, state.average, inputs.aside, device, inputs.enlarger)
-                entries.append(_entry(state, validation=figures))
-                validated(done, figures)
-            log.append(journal, entries)
-            if done % training.save_every == 0 or over or last:
-                state.save(checkpoint, fingerprint)
-                features = inputs.perceptual.description if inputs.perceptual is not None else ""
-                export.write(
-                    training,
-                    state.average,
-                    folder,
-                    stage=state.stage,
-                    steps=state.step,
-                    features=features,
-                    entries=log.read(journal),
-                )
-            if last:
-                break
-    return losses
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BusyError(f"another training writes to {folder}; wait for it, or name another folder") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _entry(state: _State, **fields: Any) -> log.Entry:
@@ -345,8 +376,8 @@ def _step(
     losses = dict(zip(terms, found, strict=True))
     if not all(np.isfinite(value) for value in losses.values()):
         raise TrainingError(
-            f"the losses at step {state.total} aren't numbers any more ({losses}); begin again from the last "
-            "checkpoint with a lower learning rate"
+            f"the losses at step {state.total} aren't numbers any more ({losses}); begin anew in another folder with a "
+            f"lower learning rate (`start` may name what was exported here before)"
         )
     return losses
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from esrfs.compaction import refine
+from esrfs.engine import room
+from esrfs.formats.pixels import DECODE_ERRORS
 from esrfs.networks import loading
 from esrfs.train import real_esrgan, store_degradation
 from esrfs.train.settings import RealEsrganDegradation, Stage, Training, TrainingError
@@ -48,8 +52,14 @@ class Batch(msgspec.Struct, frozen=True):
 
 
 def find(folder: Path) -> list[Path]:
-    """Every picture under ``folder``, in the same order on every filesystem. Raises TrainingError if there is none."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    """Every picture under ``folder``, in the same order on every filesystem. Raises TrainingError if there is none,
+    OSError for a folder that can't be read."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk would leave it out, and say nothing
+
+    names = (Path(above, name) for above, _, files in os.walk(folder, onerror=refuse) for name in files)
+    found = sorted(path for path in names if path.suffix.lower() in SUFFIXES)
     if not found:
         raise TrainingError(f"{folder} holds no pictures to train on ({', '.join(sorted(SUFFIXES))})")
     return found
@@ -64,13 +74,43 @@ def set_aside(paths: Sequence[Path], count: int) -> tuple[list[Path], list[Path]
     return [path for path in paths if path in aside], [path for path in paths if path not in aside]
 
 
-def read_rgb(path: Path) -> Pixels:
-    """Raises TrainingError when the file is no picture."""
+def check(learn: Sequence[Path], aside: Sequence[Path], training: Training) -> None:
+    """Whether patches can be cut out of these, and all of them be held in memory, before anything is made of them.
+    Looks at the files' headers only. Raises TrainingError."""
+    patch = max(stage.patch for stage in training.stages) * training.scale
+    versions = 0 if isinstance(training.degradation, RealEsrganDegradation) else training.degradation.versions + 1
+    pixels = 0
+    for number, path in enumerate((*learn, *aside)):
+        with _opened(path) as picture:
+            width, height = picture.size
+        pixels += width * height
+        if number < len(learn) and min(width, height) < patch:
+            raise TrainingError(
+                f"{path} has only {width} × {height} pixels, and patches are {patch} wide; take it out of the folder, "
+                "or make `patch` smaller"
+            )
+    needed, there = 3 * pixels * (1 + versions / training.scale**2), room.available()
+    if needed > there:
+        raise TrainingError(
+            f"{len(learn) + len(aside)} photographs of {pixels / 1e6:,.0f} megapixels take {needed / 1e9:.1f} GB of "
+            f"memory, and there are {there / 1e9:.1f}; give fewer, or parts of them (a megapixel each is plenty)"
+        )
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Raises TrainingError when the file is no picture, or what the block does shows that it is damaged."""
     try:
         with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+            yield picture
+    except DECODE_ERRORS as error:
         raise TrainingError(f"{path} can't be read as a picture ({error}); take it out of the folder") from error
+
+
+def read_rgb(path: Path) -> Pixels:
+    """Raises TrainingError when the file is no picture."""
+    with _opened(path) as picture:
+        return np.asarray(picture.convert("RGB"))
 
 
 def load(
@@ -101,10 +141,6 @@ def load(
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(one, paths))
-
-
-def smallest_side(photographs: Sequence[Photograph]) -> int:
-    return min(int(side) for photograph in photographs for side in photograph.full.shape[:2])
 
 
 class Patch(msgspec.Struct, frozen=True):

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+import torch
 
+from esrfs.networks import architectures, registry
 from esrfs.networks.spec import Architecture
 
 
@@ -106,12 +108,28 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return int(self.arguments.get(name, 2 if self.architecture == "Shrinker" else 4))
 
 
+def file_or_name(text: str) -> Path:
+    """The file called ``text``; without a suffix, that of the shipped network called so. Raises TrainingError when
+    there is no such network."""
+    path = Path(text)
+    if path.suffix:
+        return path
+    shipped = sorted((registry.shipped_directory() / "training").glob("*.toml"))
+    found = next((each for each in shipped if each.stem == text), None)
+    if found is None:
+        names = ", ".join(each.stem for each in shipped)
+        raise TrainingError(f"there are no settings called {text!r}: name a TOML file, or one of {names}")
+    return found
+
+
 def read(path: Path) -> Training:
     """Raises TrainingError when the file is missing, is no TOML, or asks for what can't be."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise TrainingError(f"{path} can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TrainingError(f"{path} is no TOML file (it is not in UTF-8)") from error
     return parse(text, str(path))
 
 
@@ -120,13 +138,15 @@ def parse(text: str, source: str = "the settings") -> Training:
     try:
         training = msgspec.convert(tomllib.loads(text), Training)
         check(training)
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError, TrainingError) as error:
+    except ValueError as error:  # of TOML, of msgspec, and ours
         raise TrainingError(f"{source}: {error}") from error
     return training
 
 
 def check(training: Training) -> None:
     """Raises TrainingError when the parts contradict each other."""
+    with torch.device("meta"):
+        architectures.build(training.architecture, training.arguments)  # raises ValueError
     scale = training.scale
     if scale not in {1, 2, 3, 4}:
         raise TrainingError(f"the scale must be 1, 2, 3 or 4, not {scale}")
@@ -135,13 +155,19 @@ def check(training: Training) -> None:
     if training.validation < 0 or min(training.validate_every, training.save_every, training.log_every) <= 0:
         raise TrainingError("validation can't be negative; validate_every, save_every and log_every must be positive")
     for stage in training.stages:
+        if not registry.is_name(stage.name):
+            raise TrainingError(f"{stage.name!r} can't name a network: use letters, digits, dot, dash and underscore")
         edge = stage.patch * scale
         if min(stage.steps, stage.batch, stage.patch, stage.average, stage.learning_rate) <= 0:
             raise TrainingError(f"stage {stage.name}: steps, batch, patch, average and learning rate must be positive")
+        if min(stage.warm_up, stage.discriminator_width - 1) < 0:
+            raise TrainingError(f"stage {stage.name}: warm_up can't be negative, nor the discriminator's width below 1")
         if stage.average >= 1:
             raise TrainingError(f"stage {stage.name}: an average of {stage.average:g} would never learn; below 1")
         if stage.ssimulacra2 and edge < 64:
             raise TrainingError(f"stage {stage.name}: SSIMULACRA2 needs patches of 64 pixels or more, not {edge}")
+        if stage.features and edge < 32:
+            raise TrainingError(f"stage {stage.name}: features need patches of 32 pixels or more, not {edge}")
         if stage.adversarial and stage.discriminator == "vgg" and edge != 128:
             raise TrainingError(f"stage {stage.name}: the vgg discriminator judges 128 pixels, not {edge}")
         if stage.adversarial and edge % 8:

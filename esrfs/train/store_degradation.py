@@ -2,27 +2,31 @@
 
 AVIF costs more than a small network, so each photograph gets a few coded versions before training begins, instead of a
 new one for each patch. They are kept as files, so that the next training (another network, or this one resumed) begins
-at once.
+at once; in a folder for each version of the encoder, whose name tells it.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
-import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+import PIL
+from PIL import Image, features
 
+from esrfs import whole
 from esrfs.compaction import compactor, planner, shrinking
 from esrfs.networks import loading
 from esrfs.train.settings import StoreDegradation
 
 Pixels = npt.NDArray[np.uint8]
+
+_PROBES = (24, 44, 60)
+"""Levels at which ``encoder`` looks at what it makes."""
 
 
 def code(small: Pixels, level: int) -> bytes:
@@ -33,6 +37,15 @@ def code(small: Pixels, level: int) -> bytes:
 def decode(avif: bytes) -> Pixels:
     with Image.open(io.BytesIO(avif)) as picture:
         return np.asarray(picture.convert("RGB"))
+
+
+@functools.cache
+def encoder() -> str:
+    """What codes them: the versions of its parts, and a digest of what it makes of a small picture, which also depends
+    on how compaction sets it."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    digest = hashlib.sha256(b"".join(code(noise, level) for level in _PROBES))
+    return f"pillow-{PIL.__version__}-libavif-{features.version('avif')}-{digest.hexdigest()[:12]}"
 
 
 def draw_levels(content: bytes, scale: int, degradation: StoreDegradation, *, seed: int) -> tuple[int, ...]:
@@ -58,13 +71,11 @@ def versions(
 
 
 def _coded(small: Pixels, level: int, cache: Path) -> bytes:
-    path = cache / f"{hashlib.sha256(small.tobytes()).hexdigest()[:32]}-{level}.avif"
+    path = cache / encoder() / f"{hashlib.sha256(small.tobytes()).hexdigest()[:32]}-{level}.avif"
     try:
         return path.read_bytes()
     except FileNotFoundError:
         avif = code(small, level)
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
-        partial.write_bytes(avif)
-        os.replace(partial, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole.write(path, avif)
         return avif
