@@ -6,9 +6,10 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from esrfs import formats
+from esrfs.formats import jpeg
 from esrfs.formats import pixels as between
 
 Pixels = np.ndarray
@@ -54,6 +55,22 @@ def test_a_canvas_is_encoded_like_an_array_and_not_copied(extra: tuple[int, int]
         assert _saved(one) == _saved(other)
     canvas[:] = 0
     assert np.asarray(shared)[:, :, :3].max() == 0, "they share memory"
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+@pytest.mark.parametrize("height", [1, 31, 32, 33, 48, 49, 150])
+def test_a_blur_by_bands_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch, mode: str, height: int) -> None:
+    """Recipes pin views whose pictures were blurred as a whole."""
+    monkeypatch.setattr(between, "_BLURRED_ROWS", 32)
+    image = Image.frombytes(mode, (37, height), _noise(height, 37, len(mode)).tobytes())
+    given = image.tobytes()
+    canvas = Image.new(mode, image.size)
+    for radius in (*between._SOFTENING_PIXELS, *jpeg.SLIGHTLY_SOFTER, *jpeg.SOFTER):
+        whole = image.filter(ImageFilter.GaussianBlur(radius)).tobytes()
+        assert between.blurred(image, radius).tobytes() == whole
+        assert between.blurred(image, radius, canvas) is canvas
+        assert canvas.tobytes() == whole
+    assert image.tobytes() == given
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])

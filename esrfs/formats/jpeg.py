@@ -35,14 +35,14 @@ from dataclasses import dataclass
 
 import msgspec
 import PIL
-from PIL import Image, ImageFile, ImageFilter, features
+from PIL import Image, ImageFile, features
 
 from esrfs.blob.recipe import JpegCoding, Literal, Run, Span
 from esrfs.blob.reference import REFERENCE_BYTES
 from esrfs.formats import jpeg_parse, jpeg_progressive
 from esrfs.formats.jpeg_decode import intact_pixels
 from esrfs.formats.jpeg_parse import DHT, DQT, DRI, Structure
-from esrfs.formats.pixels import as_array, as_image_for_jpeg, check_dimensions, softened
+from esrfs.formats.pixels import as_array, as_image_for_jpeg, blurred, check_dimensions, softened
 from esrfs.formats.view import TAIL_BYTES, DoesNotFit, FittedView, Note, Pixels, front_fill, joined, no_note, noted
 
 COARSER = (1.08, 1.17, 1.27, 1.38, 1.5)
@@ -235,7 +235,7 @@ def _settings(luma: list[int]) -> Iterator[tuple[float, float]]:
 
 
 def _softened(coding: JpegCoding, image: Image.Image) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(coding.softened)) if coding.softened else image
+    return blurred(image, coding.softened) if coding.softened else image
 
 
 def _lay_out(  # noqa: PLR0917

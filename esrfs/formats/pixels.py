@@ -30,6 +30,8 @@ _SOFTENING_PIXELS = (0.35, 0.5, 0.7, 0.9, 1.2, 1.6, 2.2, 3.0)
 """Radii of the low-pass, in pixels, that a reconstruction may be given to fit."""
 
 _BAND_ROWS = 256
+_BLURRED_ROWS, _BLUR_REACHES = 512, 16
+"""Rows that are blurred at once, and how far a blur of the largest radius reaches, at most: 3 passes of 4."""
 
 DECODE_ERRORS = (
     OSError,
@@ -170,8 +172,26 @@ def _canvas_of(pixels: Pixels) -> Pixels | None:
     return None
 
 
+def blurred(image: Image.Image, radius: float, canvas: Image.Image | None = None) -> Image.Image:
+    """``image`` after Pillow's Gaussian blur, in ``canvas`` (of its mode and size, overwritten) if there is one.
+
+    In bands: Pillow takes two more copies of what it is given. Its blur adds up whole numbers and reaches but a few
+    rows far, so the result is, bit for bit, that of the picture as a whole.
+    """
+    out = canvas or Image.new(image.mode, image.size)
+    for top in range(0, image.height, _BLURRED_ROWS):
+        above = min(top, _BLUR_REACHES)
+        bottom = min(top + _BLURRED_ROWS, image.height)
+        band = image.crop((0, top - above, image.width, min(bottom + _BLUR_REACHES, image.height)))
+        band = band.filter(ImageFilter.GaussianBlur(radius))
+        out.paste(band.crop((0, above, image.width, above + bottom - top)), (0, top))
+    return out
+
+
 def softened(image: Image.Image) -> Iterator[Image.Image]:
-    """``image``, then ever softer versions of it: what to try until it fits."""
+    """``image``, then ever softer versions of it: what to try until it fits. Each lasts until the next is asked for."""
     yield image
+    canvas: Image.Image | None = None
     for radius in _SOFTENING_PIXELS:
-        yield image.filter(ImageFilter.GaussianBlur(radius))
+        canvas = blurred(image, radius, canvas)
+        yield canvas
