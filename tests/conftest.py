@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ import pytest
 from PIL import Image
 
 from tests import remembering_engine
-from tests.mounting import Mounted
+from tests.mounting import Mounted, kill_mounts
 from tests.witness import QuickMounted
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _SHARED = _REPOSITORY.parent / "shared"
 """Images and weights that are not part of the project (see the fixtures below); absent in most places."""
 
+_BEFORE_ITS_LIMIT_SECONDS = 5.0
 _EXPECTED = pytest.StashKey[list[str]]()
 _TRACEBACK = "Traceback (most recent call last)"
 
@@ -183,6 +185,22 @@ def large_photograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # ---- a real mount
+
+
+@pytest.fixture(autouse=True)
+def _no_mount_is_waited_for_without_end(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that waits for a mount which does not answer is deaf to the signal of its time limit: the kernel lets it
+    go only when the mount has ended."""
+    if request.node.get_closest_marker("mount") is None:
+        yield
+        return
+    own = request.node.get_closest_marker("timeout")
+    limit = float(own.args[0] if own else request.config.getini("timeout"))
+    timer = threading.Timer(limit - _BEFORE_ITS_LIMIT_SECONDS, kill_mounts)
+    timer.start()
+    yield
+    timer.cancel()
+    timer.join()
 
 
 @pytest.fixture

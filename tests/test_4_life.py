@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from tests.mounting import Mounted, exiftool
+from tests.mounting import Mounted, exiftool, kill_mounts
 
 pytestmark = pytest.mark.mount
 
@@ -104,3 +107,15 @@ def test_mount_refuses_what_would_hide_files(unmounted: Mounted) -> None:
     )
     assert unknown.returncode == 2
     assert "colour=blue" in unknown.stderr
+
+
+def test_a_test_does_not_wait_for_ever_for_a_mount_that_hangs(mounted: Mounted) -> None:
+    """The kernel holds who waits for it, whatever signals come, and so pytest's time limit."""
+    assert mounted.process is not None
+    mounted.process.send_signal(signal.SIGSTOP)
+    limit = threading.Timer(0.5, kill_mounts)  # as in conftest, when the test's time is nearly over
+    limit.start()
+    with pytest.raises(OSError) as failure:
+        os.listdir(mounted.path)
+    limit.join()
+    assert failure.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)

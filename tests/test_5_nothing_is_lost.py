@@ -399,7 +399,7 @@ def test_the_store_s_disk_fails_while_a_program_writes_to_a_view(
 )
 def test_the_ledger_fails(compacted: QuickMounted, point: str, error: str) -> None:
     """No step is taken that the ledger does not know: compaction is off; programs read, write plain files, delete."""
-    put(compacted.store / "other.jpg", photo(1))
+    put(compacted.store / "other.jpg", photo())
     compacted.expected.append("ledger|not compacted|compaction of .* stops|nothing is compacted")
     compacted.start(faults=f"{point}=errno:{error}")
     assert compacted.look("photo.jpg", photo()) == "blob"
@@ -410,7 +410,7 @@ def test_the_ledger_fails(compacted: QuickMounted, point: str, error: str) -> No
     (compacted.path / "new").write_bytes(b"new")
     (compacted.path / "new").unlink()
     assert compacted.status()["compaction"] != "running"
-    assert compacted.look("other.jpg", photo(1)) == "original"
+    assert compacted.look("other.jpg", photo()) == "original"
     compacted.stop()
     compacted.start()
     assert compacted.compact()["compacted"] == 1
