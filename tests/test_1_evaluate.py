@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
+import resource
 
 import msgspec
 import numpy as np
@@ -29,6 +31,7 @@ from esrfs.evaluate import (
 )
 from esrfs.evaluate.curves import Comparison
 from esrfs.evaluate.results import Kept, Result, Way
+from esrfs.networks import loading
 from tests.conftest import photograph
 
 
@@ -283,8 +286,33 @@ def test_the_networks_that_are_here_are_all_tried_at_their_scale():
     plan = grid.plan([picture()], grid.Choice(codecs=("jpeg",)))
     found = {grow: each.scale for each in plan.trials for grow, _ in each.grows if grow and grow not in trial.GROWS}
     listed = {name: grid._network(name).scale for name in grid.registry.enlargers()}
-    assert found == listed
+    assert found == {name: scale for name, scale in listed.items() if name != "lite-x2-texture"}
     assert "lite-x2" in found
+
+
+def test_networks_for_texture_are_tried_when_they_are_named():
+    """What is known of a network decides, not what it is called."""
+    weights = grid.registry.file_or_name("lite-x2").read_bytes()
+    spec, tensors = loading.read(weights)
+    directory = grid.registry.user_directory()
+    directory.mkdir(parents=True)
+    for name, texture in (("sharp", 0.25), ("plain-texture", 0.0)):
+        described = msgspec.structs.replace(spec, name=name, texture=texture)
+        (directory / f"{name}.safetensors").write_bytes(loading.save(described, tensors))
+    choice = grid.Choice(codecs=("jpeg",), scales=(2,))
+    plan = grid.plan([picture()], choice)
+    tried = {grow for each in plan.trials for grow, _ in each.grows} - set(trial.GROWS)
+    assert tried == {"lite-x2", "plain-texture"}
+    assert [line.partition(" is not tried")[0] for line in plan.left_out] == ["lite-x2-texture", "sharp"]
+    named = grid.plan([picture()], dataclasses.replace(choice, networks=("sharp", "lite-x2-texture")))
+    assert {grow for each in named.trials for grow, _ in each.grows} - set(trial.GROWS) == {"sharp", "lite-x2-texture"}
+    assert not named.left_out
+    assert not grid.plan([picture()], dataclasses.replace(choice, scales=(1,))).left_out
+
+
+def test_a_network_whose_scale_is_not_tried_is_told():
+    (told,) = grid.plan([], grid.Choice(codecs=("jpeg",), scales=(1, 3), networks=("lite-x2",))).left_out
+    assert told == "lite-x2 is not tried: it enlarges by 2, and the scales are 1, 3"
 
 
 @pytest.mark.parametrize(
@@ -296,13 +324,20 @@ def test_the_networks_that_are_here_are_all_tried_at_their_scale():
         (grid.Choice(grows=("sinc",)), "sinc.*lanczos"),
         (grid.Choice(presets=("tiny",)), "tiny.*small"),
         (grid.Choice(measures=("vmaf",)), "vmaf.*ssim"),
-        (grid.Choice(networks=("nobody",)), "nobody"),
+        (grid.Choice(codecs=("jpeg",), anchor="avif"), "compared with 'avif'.*jpeg"),
+        (grid.Choice(codecs=("jpeg",), anchor="jpeg", scales=(2,)), "1 one of the scales"),
+        (grid.Choice(codecs=("jpeg", "esrfs"), anchor="esrfs"), "compared with 'esrfs'"),
         (grid.Choice(qualities=(0,)), "1 to 100"),
     ],
 )
 def test_choices_that_can_not_be_had_are_told(choice, said):
     with pytest.raises(grid.ChoiceError, match=said):
         grid.plan([], choice)
+
+
+def test_a_network_that_is_not_here_is_told():
+    with pytest.raises(grid.registry.WeightsError, match="nobody"):
+        grid.plan([], grid.Choice(networks=("nobody",)))
 
 
 # ---- results
@@ -314,6 +349,24 @@ def test_results_are_kept_and_a_torn_line_costs_itself_only(tmp_path):
         kept.add([first])
     path = tmp_path / results.FILE
     path.write_bytes(path.read_bytes() + b'{"picture": "torn')
+    with Kept(tmp_path) as kept:
+        assert list(kept.read().values()) == [first]
+        kept.add([second])
+        assert list(kept.read().values()) == [first, second]
+
+
+def test_a_full_disk_is_told_once_and_costs_what_did_not_fit(tmp_path):
+    first, second = _two_codecs()[:2]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Kept(tmp_path) as kept:
+        kept.add([first])
+        size = (tmp_path / results.FILE).stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, before[1]))
+        try:
+            with pytest.raises(OSError, match=rf"File too large.*{results.FILE}"):
+                kept.add([second])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
     with Kept(tmp_path) as kept:
         assert list(kept.read().values()) == [first]
         kept.add([second])

@@ -346,6 +346,10 @@ def test_interpolation_goes_from_one_network_to_the_other() -> None:
     description, between = loading.read(interpolate(a, b, 0.25, "c"))
     assert (description.name, description.scale, description.licence) == ("c", 2, "Apache-2.0")
     assert description.training == {"texture": 0.25, "fidelity": "a", "adversarial": "b"}
+    assert description.texture == 0, "of two networks for fidelity"
+    spec, tensors = loading.read(b)
+    sharp = loading.save(msgspec.structs.replace(spec, texture=1.0), tensors)
+    assert loading.read(interpolate(a, sharp, 0.25, "c"))[0].texture == 0.25
     first, second = loading.read(a)[1], loading.read(b)[1]
     for key, value in between.items():
         assert torch.allclose(value, 0.75 * first[key] + 0.25 * second[key], atol=1e-7)

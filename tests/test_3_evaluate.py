@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esrfs.cli import main
+from esrfs.cli import evaluating, main
 from esrfs.evaluate import grid, requirements, trial
 from esrfs.exit_codes import ExitCode
 from tests.conftest import photograph
@@ -141,6 +142,14 @@ def test_what_can_not_be_done_is_told(pictures, tmp_path, capsys, monkeypatch):
     assert "there is no codec 'gif'" in capsys.readouterr().err
     assert run(pictures, "-o", out, "--scales", "two") == ExitCode.USAGE
     assert "--scales takes numbers" in capsys.readouterr().err
+    assert run(pictures, "-o", out, "--networks", "nobody") == ExitCode.NETWORK
+    assert "there is no network called 'nobody'" in capsys.readouterr().err
+    assert run(pictures, "-o", out, "--codecs", "jpeg", "--anchor", "gif") == ExitCode.USAGE
+    assert "nothing can be compared with 'gif'" in capsys.readouterr().err
+    assert not out.exists()
+    (tmp_path / "empty").mkdir()
+    assert run(tmp_path / "empty", "-o", out) == ExitCode.FAILED
+    assert "there is no file to evaluate" in capsys.readouterr().err
     assert not out.exists()
     assert run(tmp_path / "nowhere", "-o", out) == ExitCode.FAILED
     assert "no such file or folder" in capsys.readouterr().err
@@ -149,6 +158,43 @@ def test_what_can_not_be_done_is_told(pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(requirements, "REPORT", ("no_such_package",))
     assert run(pictures, "-o", out) == ExitCode.FAILED
     assert "pip install 'esrfs[report]'" in capsys.readouterr().err
+
+
+def test_a_codec_that_can_not_write_a_picture_is_left_out_for_it(tmp_path, capsys):
+    """WebP's sides end at 16,383 pixels."""
+    photograph("coffee").crop((0, 0, 96, 64)).resize((16400, 64)).save(tmp_path / "wide.png")
+    photograph("coffee").crop((0, 0, 96, 64)).save(tmp_path / "small.png")
+    small = ["--scales", "1", "--qualities", "50", "--networks", "none", "--metrics", "psnr", "--jobs", "1"]
+    out = tmp_path / "report"
+    assert run(tmp_path, "-o", out, "--codecs", "jpeg,webp", *small) == ExitCode.OK
+    assert capsys.readouterr().err.count("wide.png can't be stored as WebP: ") == 1
+    rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    assert {(row["picture"], row["codec"]) for row in rows} == {
+        ("wide.png", "jpeg"), ("small.png", "jpeg"), ("small.png", "webp"),
+    }  # fmt: skip
+    assert "stored as WebP" in (out / "report.html").read_text()
+    assert run(tmp_path / "wide.png", "-o", tmp_path / "other", "--codecs", "webp", *small) == ExitCode.FAILED
+    assert "nothing could be measured: wide.png can't be stored as WebP" in capsys.readouterr().err
+
+
+def test_files_are_found_once_and_what_can_not_be_looked_into_is_told(pictures, tmp_path, capsys, monkeypatch):
+    found = evaluating._find([pictures, pictures / "coffee.png", pictures / "sub"])
+    assert [name for _, name in found] == ["coffee.png", "notes.txt", "sub/astronaut.jpg"]
+    copy = tmp_path / "copy"
+    shutil.copytree(pictures, copy)
+    assert [name for _, name in evaluating._find([pictures / "sub", copy / "sub"])] == [
+        "astronaut.jpg", str(copy / "sub" / "astronaut.jpg"),
+    ]  # fmt: skip
+    look = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert [name for _, name in evaluating._find([pictures])] == ["coffee.png", "notes.txt"]
+    assert f"{pictures / 'sub'} is left out: Permission denied" in capsys.readouterr().err
 
 
 def test_bad_pictures_are_refused_with_a_reason(tmp_path):

@@ -184,6 +184,7 @@ def test_the_same_seed_gives_the_same_network(make_inputs: Callable[[Training], 
     )
     assert (fidelity.spec.name, fidelity.scale, fidelity.spec.training["steps"]) == ("tiny-x2", 2, 18)
     assert (texture.spec.name, texture.spec.training["steps"]) == ("tiny-x2-texture", 22)
+    assert (fidelity.spec.texture, texture.spec.texture) == (0, 1)
     assert "AVIF" in fidelity.spec.degradation
     assert "unet" in str(texture.spec.training["loss"])
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +17,11 @@ from esrfs import whole
 from esrfs.cli import inspecting, show, stores
 from esrfs.cli.show import CommandError
 from esrfs.exit_codes import ExitCode
+from esrfs.networks.registry import WeightsError
 from esrfs.upkeep import history
+
+_SHOWN = 50
+"""Files that are left out, and shown one by one."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -47,10 +53,17 @@ def evaluate(  # noqa: PLR0917 (typer calls it by name)
     scales: Annotated[str, typer.Option(help="Of 1, 2, 3, 4; 1: not shrunk.")] = "1,2,3,4",
     shrinks: Annotated[str, typer.Option(help="Of bicubic, bilinear, area.")] = "bicubic,bilinear,area",
     grows: Annotated[str, typer.Option(help="Of bicubic, lanczos.")] = "bicubic,lanczos",
-    networks: Annotated[str, typer.Option(help="See `esrfs weights list`; all, or none.")] = "all",
+    networks: Annotated[
+        str,
+        typer.Option(
+            help="See `esrfs weights list`; none; or all, which leaves out those for texture (adversarial partners)."
+        ),
+    ] = "all",
     presets: Annotated[str, typer.Option(help="Of esrfs: faithful, high, balanced, small; all if left out.")] = "",
     metrics: Annotated[str, typer.Option(help="Of ssimulacra2, psnr, ssim, ms_ssim, niqe.")] = "",
-    anchor: Annotated[str, typer.Option(help="The codec that others are compared with.")] = "avif",
+    anchor: Annotated[
+        str, typer.Option(help="The codec that others are compared with; avif if left out, or what there is.")
+    ] = "",
     crops: Annotated[int, typer.Option(min=0, help="Pictures to show crops of.")] = 3,
     jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: one for each core.")] = 0,
 ) -> None:
@@ -72,6 +85,7 @@ def evaluate(  # noqa: PLR0917 (typer calls it by name)
         networks=None if networks == "all" else () if networks == "none" else _names(networks),
         presets=_names(presets) or default.presets,
         measures=_names(metrics) or default.measures,
+        anchor=anchor,
         quick=quick,
         may_lack=default.may_lack - set(_names(codecs)),
     )
@@ -82,7 +96,6 @@ def evaluate(  # noqa: PLR0917 (typer calls it by name)
                 choice,
                 out,
                 jobs=jobs or run.cores(),
-                anchor=anchor,
                 crop_rows=crops,
                 command_line=shlex.join(["esrfs", *sys.argv[1:]]),
                 looking=looking,
@@ -90,6 +103,8 @@ def evaluate(  # noqa: PLR0917 (typer calls it by name)
             )
     except grid.ChoiceError as error:
         raise CommandError(str(error), ExitCode.USAGE) from error
+    except WeightsError as error:
+        raise CommandError(str(error), ExitCode.NETWORK) from error
     except results.BusyError as error:
         raise CommandError(str(error), ExitCode.BUSY) from error
     except run.WorkerLostError as error:
@@ -100,8 +115,10 @@ def evaluate(  # noqa: PLR0917 (typer calls it by name)
         ) from error
     except command.NothingToDoError as error:
         raise CommandError(str(error), ExitCode.FAILED) from error
-    for name, why in made.refused.items():
+    for name, why in list(made.refused.items())[:_SHOWN]:
         show.note(f"{name} is left out: {why}")
+    if len(made.refused) > _SHOWN:
+        show.note(f"{len(made.refused) - _SHOWN} more files are left out")
     for why in made.left_out:
         show.note(why)
     for path in made.files:
@@ -143,19 +160,27 @@ def _check_requirements() -> None:
 
 def _find(given: list[Path]) -> list[tuple[Path, str]]:
     """(file, its name in the report) of every file at and below the given paths, sorted. Hidden ones are left out."""
-    found: list[tuple[Path, str]] = []
-    for path in given:
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file())
-            names = [(file, file.relative_to(path)) for file in inside]
-            found += [(file, str(name)) for file, name in names if not any(part[0] == "." for part in name.parts)]
-        elif path.is_file():
-            found.append((path, path.name))
-        else:
-            raise CommandError(f"{path}: no such file or folder", ExitCode.FAILED)
+    found: dict[Path, tuple[Path, str]] = {}
     taken: set[str] = set()
-    for index, (file, name) in enumerate(found):
-        if name in taken:
-            found[index] = (file, str(file))
-        taken.add(found[index][1])
-    return found
+    for path in given:
+        if not path.is_dir() and not path.is_file():
+            raise CommandError(f"{path}: no such file or folder", ExitCode.FAILED)
+        for file, name in sorted(_inside(path)) if path.is_dir() else [(path, path.name)]:
+            if (real := file.resolve()) not in found:
+                found[real] = (file, str(file) if name in taken else name)
+                taken.add(found[real][1])
+    return list(found.values())
+
+
+def _inside(folder: Path) -> Iterator[tuple[Path, str]]:
+    """What :func:`_find` finds in a folder. A folder in it that can't be read is told."""
+
+    def tell(error: OSError) -> None:
+        show.note(f"{error.filename} is left out: {error.strerror}")
+
+    for above, folders, files in os.walk(folder, onerror=tell):
+        folders[:] = [name for name in folders if name[0] != "."]
+        for name in files:
+            path = Path(above, name)
+            if name[0] != "." and path.is_file():
+                yield path, str(path.relative_to(folder))

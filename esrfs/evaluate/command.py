@@ -30,7 +30,6 @@ def evaluate(
     out: Path,
     *,
     jobs: int,
-    anchor: str,
     crop_rows: int,
     command_line: str,
     looking: run.Progress,
@@ -39,9 +38,11 @@ def evaluate(
     """Write ``report.html``, ``results.csv`` and ``results.json`` to the folder ``out``; ``results.jsonl`` there is
     what is known already. The same results give the same files.
 
-    Raises ChoiceError, BusyError, NothingToDoError, WorkerLostError, OSError.
+    Raises ChoiceError, WeightsError, BusyError, NothingToDoError, WorkerLostError, OSError.
     """
     grid.plan([], choice)  # a choice that can't be had is told before anything is done
+    if not files:
+        raise NothingToDoError("there is no file to evaluate")
     with results.Kept(out) as kept, run.Crew(jobs) as crew:
         pictures, refused = crew.examine(files, looking)
         if not pictures:
@@ -50,11 +51,14 @@ def evaluate(
         plan = grid.plan(pictures, choice)
         if not plan.trials:
             raise NothingToDoError("with these options there is nothing to try; give more codecs, scales or networks")
-        found = crew.run(plan.trials, kept, progress)
-        told = comparison.Run(command_line, pictures, refused, plan.left_out, choice.measures, anchor, crop_rows)
+        found, failed = crew.run(plan.trials, kept, progress)
+        left_out = [*plan.left_out, *failed]
+        if not found:
+            raise NothingToDoError(f"nothing could be measured: {'; '.join(failed[:3])}")
+        told = comparison.Run(command_line, pictures, refused, left_out, choice.measures, choice.anchor, crop_rows)
         table = results.rows(found, choice.measures)
         written = [out / "report.html", out / "results.csv", out / "results.json"]
         whole.write(written[1], results.as_csv(table, choice.measures))
         whole.write(written[2], (json.dumps(table, indent=1) + "\n").encode())
         whole.write(written[0], page.as_html(comparison.make(Comparison(found), told)))
-    return Made(written, refused, plan.left_out)
+    return Made(written, refused, left_out)

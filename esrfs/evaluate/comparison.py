@@ -42,7 +42,7 @@ class Run:
     left_out: Sequence[str]
     measures: Sequence[str]
     anchor: str
-    """The codec that others are compared with."""
+    """The codec that others are compared with; empty: AVIF, or what there is."""
     crop_rows: int
 
 
@@ -57,7 +57,7 @@ def label(way: Way) -> str:
 
 
 def make(comparison: Comparison, run: Run) -> Page:
-    anchor = Way(run.anchor)
+    anchor = Way(run.anchor or "avif")
     if anchor not in comparison.ways:
         anchor = comparison.ways[0]
     results = comparison.results

@@ -112,7 +112,9 @@ class Comparison:
         self.pictures = list(dict.fromkeys(result.picture for result in results))
         self.ways = list(dict.fromkeys(result.way for result in results))
         self._by: dict[tuple[Way, str], list[Result]] = {}
+        self._of_way: dict[Way, list[Result]] = {}
         for result in results:
+            self._of_way.setdefault(result.way, []).append(result)
             self._by.setdefault((result.way, result.picture), []).append(result)
         self._curves: dict[tuple[Way, str, str], Curve] = {}
 
@@ -161,14 +163,12 @@ class Comparison:
 
     def mean_points(self, way: Way, measure: str) -> list[tuple[float, float]]:
         """(bits per pixel, value) for each quality at which every picture has a result: means over all pictures."""
-        settings = dict.fromkeys(result.setting for result in self.results if result.way == way)
+        by_setting: dict[str, list[Result]] = {}
+        for result in self._of_way[way]:
+            by_setting.setdefault(result.setting, []).append(result)
         points = []
-        for setting in settings:
-            found = [
-                (result.bits_per_pixel, result.measures.get(measure))
-                for result in self.results
-                if result.way == way and result.setting == setting
-            ]
+        for of_one in by_setting.values():
+            found = [(result.bits_per_pixel, result.measures.get(measure)) for result in of_one]
             pairs = [(size, value) for size, value in found if size is not None and value is not None]
             if len(pairs) == len(self.pictures):
                 sizes, values = zip(*pairs, strict=True)
@@ -177,7 +177,7 @@ class Comparison:
 
     def seconds_per_megapixel(self, way: Way) -> tuple[float, float]:
         """Medians (to store, to restore) over all trials of ``way``."""
-        mine = [result for result in self.results if result.way == way]
+        mine = self._of_way[way]
         kept = [result for result in mine if result.bytes is not None] or mine
         return (
             statistics.median(result.store_seconds / _megapixels(result) for result in kept),

@@ -35,9 +35,11 @@ class Choice:
     shrinks: tuple[str, ...] = tuple(SHRINKS)
     grows: tuple[str, ...] = tuple(GROWS)
     networks: tuple[str, ...] | None = None
-    """None: all that are here."""
+    """None: all that are here and were trained for fidelity."""
     presets: tuple[str, ...] = tuple(PRESETS)
     measures: tuple[str, ...] = tuple(MEASURES)
+    anchor: str = ""
+    """The codec that others are compared with, at full size; empty: AVIF, or what there is."""
     quick: bool = False
     """Every other quality, and one way to shrink: the first."""
     store_network: str = "lite-x2"
@@ -61,7 +63,7 @@ class Plan:
 
 
 def plan(pictures: Sequence[Picture], choice: Choice) -> Plan:
-    """The trials, picture by picture, in a fixed order. Raises ChoiceError."""
+    """The trials, picture by picture, in a fixed order. Raises ChoiceError, WeightsError."""
     _check("codec", choice.codecs, (*codecs.NAMES, ESRFS))
     _check("way to shrink", choice.shrinks, SHRINKS)
     _check("way to grow", choice.grows, GROWS)
@@ -70,9 +72,7 @@ def plan(pictures: Sequence[Picture], choice: Choice) -> Plan:
     _check("scale", choice.scales, SCALES)
     if bad := [quality for quality in choice.qualities if not 1 <= quality <= 100]:
         raise ChoiceError(f"qualities are 1 to 100, not {bad[0]}")
-    names = registry.enlargers() if choice.networks is None else choice.networks
-    networks = [_network(name) for name in names]
-    left_out = []
+    networks, left_out = _networks_of(choice)
     usable = []
     for name in choice.codecs:
         if name == ESRFS:
@@ -83,6 +83,12 @@ def plan(pictures: Sequence[Picture], choice: Choice) -> Plan:
             if name not in choice.may_lack:
                 raise ChoiceError(str(error)) from error
             left_out.append(str(error))
+    if choice.anchor and (1 not in choice.scales or choice.anchor not in [codec.name for codec in usable]):
+        there = ", ".join(codec.name for codec in usable)
+        raise ChoiceError(
+            f"nothing can be compared with {choice.anchor!r}: it must be one of the codecs that are tried ({there}), "
+            "and 1 one of the scales"
+        )
     store_network = _network(choice.store_network) if ESRFS in choice.codecs else None
     trials = []
     for picture in pictures:
@@ -122,14 +128,31 @@ def _check(what: str, given: Sequence[object], known: Collection[object]) -> Non
             raise ChoiceError(f"there is no {what} {name!r}; there are {', '.join(map(str, known))}")
 
 
+def _networks_of(choice: Choice) -> tuple[list[_Network], list[str]]:
+    """(those to try; what is left out, and why)"""
+    if choice.networks is not None:
+        named = [_network(name) for name in choice.networks]
+        left_out = [
+            f"{network.name} is not tried: it enlarges by {network.scale}, and the scales are "
+            f"{', '.join(map(str, choice.scales))}"
+            for network in named
+            if network.scale not in choice.scales
+        ]
+        return named, left_out
+    textured = registry.textured()
+    return [_network(name) for name in registry.enlargers() if name not in textured], [
+        f"{name} is not tried: it is for texture, to be mixed with a network for fidelity; --networks can name it"
+        for name, scale in textured.items()
+        if scale in choice.scales
+    ]
+
+
 def _network(name: str) -> _Network:
+    data = registry.enlarger(name).read_bytes()
     try:
-        data = registry.enlarger(name).read_bytes()
         description, _ = loading.read(data, name=name)
-    except registry.WeightsError as error:
-        raise ChoiceError(str(error)) from error
     except ValueError as error:
-        raise ChoiceError(f"the network {name} can't be used: {error}") from error
+        raise registry.WeightsError(f"the network {name} can't be used: {error}") from error
     return _Network(name, description.scale, hashlib.sha256(data).hexdigest())
 
 

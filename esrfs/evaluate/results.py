@@ -84,7 +84,8 @@ class Kept:
     def __init__(self, folder: Path) -> None:
         """Raises BusyError, OSError."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / FILE).open("a+b")
+        # Not buffered: what a full disk refuses would be written again, and fail again, when it is closed.
+        self._file = (folder / FILE).open("a+b", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -101,8 +102,9 @@ class Kept:
 
     def read(self) -> dict[tuple[str, Way, str, str], Result]:
         self._file.seek(0)
+        lines = self._file.readall()
         found: dict[tuple[str, Way, str, str], Result] = {}
-        for line in self._file.read().splitlines():
+        for line in lines.splitlines():
             try:
                 result = _decoder.decode(line)
             except msgspec.DecodeError:
@@ -113,13 +115,16 @@ class Kept:
         return found
 
     def add(self, results: Iterable[Result]) -> None:
-        """Raises OSError."""
+        """Raises OSError, which names the file."""
         lines = b"".join(_encoder.encode(result) + b"\n" for result in results)
         end = self._file.seek(0, os.SEEK_END)
         if end and os.pread(self._file.fileno(), 1, end - 1) != b"\n":
             lines = b"\n" + lines
-        self._file.write(lines)
-        self._file.flush()
+        try:
+            while lines:
+                lines = lines[self._file.write(lines) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
 
 
 COLUMNS = (

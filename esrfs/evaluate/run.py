@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class WorkerLostError(Exception):
-    """A worker process was killed."""
+    """A worker process was killed, or had not enough memory."""
 
 
 def cores() -> int:
@@ -101,16 +101,18 @@ class Crew:
                 else:
                     refused[name] = answer
                 progress(number, len(paths), name)
-        except BrokenProcessPool as error:
+        except (BrokenProcessPool, MemoryError) as error:
             raise WorkerLostError from error
         return pictures, refused
 
-    def run(self, trials: Sequence[Trial], kept: Kept, progress: Progress) -> list[Result]:
-        """The results of all trials, in their order; those that ``kept`` lacks are made and kept as they come.
+    def run(self, trials: Sequence[Trial], kept: Kept, progress: Progress) -> tuple[list[Result], list[str]]:
+        """(the results of all trials, in their order; what no codec could write, for people). Those that ``kept`` lacks
+        are made, and kept as they come.
 
-        Raises WorkerLostError, OSError (a picture or network is gone, the disk is full), ValueError (a network that
-        can't be loaded). What was done until then is kept.
+        Raises WorkerLostError, OSError (a picture or network is gone, the disk is full). What was done until then is
+        kept.
         """
+        failed: dict[str, None] = {}
         known = kept.read()
         lacking = (left for each in trials if (left := _without_known(each, known)) is not None)
         waiting: list[Trial] = list(lacking)
@@ -126,16 +128,22 @@ class Crew:
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     ended = running.pop(future)
-                    kept.add(future.result())
+                    try:
+                        kept.add(future.result())
+                    except trials_module.CodecFailedError as error:
+                        failed[str(error)] = None
                     done += 1
                     progress(done, total, f"{ended.picture.name} {ended.codec} {ended.setting}")
-        except BrokenProcessPool as error:
+        except (BrokenProcessPool, MemoryError) as error:
             raise WorkerLostError from error
         known = kept.read()
         # A picture that is there twice is tried once; each gets its own name.
         return [
-            msgspec.structs.replace(known[key], picture=each.picture.name) for each in trials for key in _keys(each)
-        ]
+            msgspec.structs.replace(known[key], picture=each.picture.name)
+            for each in trials
+            for key in _keys(each)
+            if key in known
+        ], list(failed)
 
 
 def _keys(trial: Trial) -> list[tuple[str, Way, str, str]]:

@@ -50,6 +50,10 @@ _PR_SET_PDEATHSIG = 1
 SMALLEST_SIDE = 64
 
 
+class CodecFailedError(Exception):
+    """For people: which picture a codec can't write."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """A file that can be evaluated."""
@@ -88,7 +92,7 @@ def examine(path: Path, name: str) -> Picture | str:
         data = path.read_bytes()
         pixels = formats.decode(data, MAX_MEGAPIXELS)
     except OSError as error:
-        return f"can't be read: {error.strerror}"
+        return f"can't be read: {error.strerror or error}"
     except formats.Unsupported as error:
         return error.message
     if min(pixels.shape[:2]) < SMALLEST_SIDE:
@@ -97,7 +101,7 @@ def examine(path: Path, name: str) -> Picture | str:
 
 
 def run(trial: Trial) -> list[Result]:
-    """Raises OSError when the picture or a network can't be read any more, ValueError for what it can't hold."""
+    """Raises OSError when the picture or a network can't be read any more, CodecFailedError."""
     return _compact(trial) if trial.codec == ESRFS else _encode(trial)
 
 
@@ -145,8 +149,13 @@ def _encode(trial: Trial) -> list[Result]:
     height, width = original.pixels.shape[:2]
     codec = codecs.load(trial.codec)
     quality = int(trial.setting)
-    encoded, store_seconds = _timed(lambda: codec.encode(shrunk(original.pixels, trial.scale, trial.shrink), quality))
-    small, decode_seconds = _timed(functools.partial(codec.decode, encoded))
+    try:
+        encoded, store_seconds = _timed(
+            lambda: codec.encode(shrunk(original.pixels, trial.scale, trial.shrink), quality)
+        )
+        small, decode_seconds = _timed(functools.partial(codec.decode, encoded))
+    except (OSError, ValueError, RuntimeError) as error:  # too wide for it, mostly
+        raise CodecFailedError(f"{trial.picture.name} can't be stored as {codec.label}: {error}") from error
     results = []
     for grow, made_by in trial.grows:
         if grow and grow not in GROWS:

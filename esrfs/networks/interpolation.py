@@ -34,6 +34,7 @@ def interpolate(fidelity: bytes, adversarial: bytes, texture: float, name: str) 
         multiple=first.multiple,
         licence=first.licence if first.licence == second.licence else "",
         degradation=first.degradation,
+        texture=first.texture + (second.texture - first.texture) * texture,
         training={"texture": texture, "fidelity": first.name, "adversarial": second.name},
     )
     return loading.save(description, weights)

@@ -94,6 +94,14 @@ def enlargers() -> list[str]:
     return [name for name in names() if not name.startswith(SHRINKER)]
 
 
+def textured() -> dict[str, int]:
+    """Those whose files say that they were trained for texture (adversarial partners of networks trained for fidelity,
+    and mixtures of both), by name, with their scale."""
+    return {
+        listed.name: listed.spec.scale for listed in listing() if listed.spec is not None and listed.spec.texture > 0
+    }
+
+
 def find(name: str) -> Path:
     """The file of the network called ``name``. Raises WeightsError, saying what to do, when it is not here."""
     path = _anywhere(name)

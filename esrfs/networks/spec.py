@@ -32,6 +32,9 @@ class NetworkSpec(msgspec.Struct, frozen=True, kw_only=True):
     """SPDX identifier; empty if unknown."""
     degradation: str = ""
     """What the network was trained to undo, in words."""
+    texture: float = 0.0
+    """0: trained for fidelity; 1: against a discriminator, so that what it draws looks natural rather than is true;
+    between: mixed of both."""
     training: dict[str, int | float | str] = {}
     """How it was trained: steps, seed, and the like; for people."""
 

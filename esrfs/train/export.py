@@ -30,6 +30,7 @@ def describe(training: Training, stage: int, steps: int) -> NetworkSpec:
         multiple=model.multiple,
         licence=training.licence,
         degradation=degradation_in_words(training),
+        texture=1.0 if settings.adversarial else 0.0,
         training={
             "steps": sum(before.steps for before in training.stages[:stage]) + steps,
             "seed": training.seed,
