@@ -25,7 +25,7 @@ class ExitCode(enum.IntEnum):
     BUSY = 7
     """Somebody else holds what the command needs: a mountpoint in use, the compactor's lease …"""
     PERMISSION = 8
-    """The store or its mount belongs to another user."""
+    """Permission is lacking: the store, its mount or a file belongs to another user."""
     ENGINE = 9
     """The engine (the process that runs networks) failed or took too long."""
     MOUNT_FAILED = 10

@@ -598,7 +598,7 @@ def test_restore_of_what_is_gone(esrfs, store):
     assert code == ExitCode.FAILED
     assert out == "0 originals brought back\n"
     assert "a.jpg: its original has left the undo window" in err
-    assert "plain.txt is not compacted" in err
+    assert "esrfs: plain.txt is not compacted" in err
 
 
 def test_a_walk_stays_out_of_the_reserved_directory_and_survives_what_it_can_not_read(store):
@@ -635,6 +635,10 @@ def test_weights(esrfs, tmp_path):
     (tmp_path / "junk.pth").write_bytes(b"junk")
     assert esrfs("weights", "add", tmp_path / "junk.pth")[0] == ExitCode.NETWORK
     copy = tmp_path / "mine.safetensors"
+    copy.write_bytes(Path(listed["lite-x2"]["path"]).read_bytes()[:-1])
+    code, _, err = esrfs("weights", "add", copy)
+    assert code == ExitCode.NETWORK
+    assert "mine.safetensors is no network that esrfs can run" in err
     copy.write_bytes(Path(listed["lite-x2"]["path"]).read_bytes())
     assert esrfs("weights", "add", copy)[0] == 0
     assert "mine" in [row["name"] for row in json.loads(esrfs("weights", "list", "--json")[1])]
@@ -643,6 +647,8 @@ def test_weights(esrfs, tmp_path):
 def test_upscale_says_what_is_wrong(esrfs, tmp_path):
     assert esrfs("upscale", tmp_path / "a.jpg", "-o", tmp_path / "b.jpg")[0] == ExitCode.USAGE
     assert esrfs("upscale", tmp_path / "a.jpg", "-o", tmp_path / "b.png", "--network", "x")[0] == ExitCode.NETWORK
+    code, _, err = esrfs("upscale", tmp_path / "a.jpg", "-o", tmp_path / "nowhere" / "b.png")
+    assert (code, err) == (ExitCode.FAILED, f"esrfs: {tmp_path / 'nowhere'} is no folder; nothing was done\n")
     code, _, err = esrfs("upscale", tmp_path / "a.jpg", "-o", tmp_path / "b.png")
     assert (code, err) == (ExitCode.FAILED, f"esrfs: {tmp_path / 'a.jpg'}: No such file or directory\n")
 

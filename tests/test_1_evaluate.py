@@ -335,9 +335,17 @@ def test_choices_that_can_not_be_had_are_told(choice, said):
         grid.plan([], choice)
 
 
-def test_a_network_that_is_not_here_is_told():
+def test_a_network_that_is_not_here_or_damaged_is_told():
     with pytest.raises(grid.registry.WeightsError, match="nobody"):
         grid.plan([], grid.Choice(networks=("nobody",)))
+    directory = grid.registry.user_directory()
+    directory.mkdir(parents=True)
+    (directory / "torn.safetensors").write_bytes(grid.registry.find("lite-x2").read_bytes()[:5000])
+    with pytest.raises(grid.registry.WeightsError, match="the network torn can't be used"):
+        grid.plan([], grid.Choice(networks=("torn",)))
+    plan = grid.plan([picture()], grid.Choice(codecs=("jpeg",)))
+    assert any("the network torn can't be used" in line for line in plan.left_out), "the others are tried"
+    assert "lite-x2" in {grow for each in plan.trials for grow, _ in each.grows}
 
 
 # ---- results

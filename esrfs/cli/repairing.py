@@ -75,7 +75,7 @@ def restore(
             brought += result["state"] == "restored"
             failed += result["state"] == "failed"
             if result["message"]:
-                show.note(f"{result['path']}: {result['message']}")
+                show.note(result["message"])
     show.line(f"{show.number_of(brought, 'original')} brought back")
     if failed:
         raise typer.Exit(ExitCode.FAILED)

@@ -85,6 +85,13 @@ def add(
 ) -> None:
     """Copy a network of your own to where esrfs finds it."""
     try:
+        registry.check_kind(file)
+        from esrfs.networks import loading  # noqa: PLC0415 (torch, for this command only)
+
+        try:
+            loading.load(file.read_bytes(), name=file.stem)
+        except ValueError as error:
+            raise WeightsError(f"{file} is no network that esrfs can run: {error}") from error
         show.line(str(registry.add(file, name)))
     except WeightsError as error:
         raise CommandError(str(error), ExitCode.NETWORK) from error
@@ -120,6 +127,8 @@ def upscale(
     """Enlarge one image with a network; needs no store."""
     if out.suffix.lower() != ".png":
         raise CommandError(f"{out}: the result is a PNG file; end its name in .png", ExitCode.USAGE)
+    if not out.parent.is_dir():
+        raise CommandError(f"{out.parent} is no folder; nothing was done", ExitCode.FAILED)
     try:
         data = registry.enlarger(network).read_bytes()
     except WeightsError as error:

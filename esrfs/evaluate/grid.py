@@ -129,31 +129,37 @@ def _check(what: str, given: Sequence[object], known: Collection[object]) -> Non
 
 
 def _networks_of(choice: Choice) -> tuple[list[_Network], list[str]]:
-    """(those to try; what is left out, and why)"""
+    """(those to try; what is left out, and why). Raises WeightsError for one that was named and can't be had."""
     if choice.networks is not None:
         named = [_network(name) for name in choice.networks]
-        left_out = [
-            f"{network.name} is not tried: it enlarges by {network.scale}, and the scales are "
-            f"{', '.join(map(str, choice.scales))}"
+        scales = ", ".join(map(str, choice.scales))
+        return named, [
+            f"{network.name} is not tried: it enlarges by {network.scale}, and the scales are {scales}"
             for network in named
             if network.scale not in choice.scales
         ]
-        return named, left_out
+    found, left_out = [], []
     textured = registry.textured()
-    return [_network(name) for name in registry.enlargers() if name not in textured], [
-        f"{name} is not tried: it is for texture, to be mixed with a network for fidelity; --networks can name it"
-        for name, scale in textured.items()
-        if scale in choice.scales
-    ]
+    for name in registry.enlargers():
+        if name not in textured:
+            try:
+                found.append(_network(name))
+            except registry.WeightsError as error:
+                left_out.append(str(error))
+        elif textured[name] in choice.scales:
+            left_out.append(
+                f"{name} is not tried: it is for texture, to be mixed with one for fidelity; --networks can name it"
+            )
+    return found, left_out
 
 
 def _network(name: str) -> _Network:
     data = registry.enlarger(name).read_bytes()
     try:
-        description, _ = loading.read(data, name=name)
+        network = loading.load(data, name=name)
     except ValueError as error:
         raise registry.WeightsError(f"the network {name} can't be used: {error}") from error
-    return _Network(name, description.scale, hashlib.sha256(data).hexdigest())
+    return _Network(name, network.scale, hashlib.sha256(data).hexdigest())
 
 
 def _qualities(choice: Choice, codec: codecs.Codec, scale: int) -> tuple[int, ...]:

@@ -126,15 +126,15 @@ def unpickled(data: bytes) -> Any:
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise nearly anything
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"can't be read as what torch writes ({reason})") from error
+        # Not in torch's words, which advise to read it without care.
+        raise ValueError("is damaged, or holds more than tensors, numbers and text") from error
 
 
 def _read_official(data: bytes, name: str) -> tuple[NetworkSpec, dict[str, Tensor]]:
     try:
         content = unpickled(data)
     except ValueError as error:
-        raise ValueError(f"the .pth file {error}") from error
+        raise ValueError(f"the .pth file can't be read as weights: it {error}") from error
     if isinstance(content, dict):
         content = content.get("params_ema", content.get("params", content))
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):

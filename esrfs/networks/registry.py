@@ -189,11 +189,11 @@ def read_spec(path: Path) -> NetworkSpec | None:
 def add(path: Path, name: str = "") -> Path:
     """Copy a weights file into the user's directory, as ``name`` (its own name if empty); returns where it is now.
 
-    Looks at the file's beginning only: whether the tensors fit is seen when the engine loads it.
+    Looks at the file's beginning only: whether the tensors fit is seen by who loads it.
     Raises WeightsError when the file is no weights file, or the name is taken by another.
     """
     name = name or path.stem
-    _check_kind(path)
+    check_kind(path)
     if not is_name(name):
         raise WeightsError(f"{name!r} can't name a network: use letters, digits, dot, dash and underscore")
     if name in official():
@@ -292,7 +292,8 @@ def _download(name: str, entry: Official, partial: Path, progress: Callable[[int
         ) from error
 
 
-def _check_kind(path: Path) -> None:
+def check_kind(path: Path) -> None:
+    """By its name and how it begins. Raises WeightsError when it is no weights file."""
     try:
         with path.open("rb") as file:
             head = file.read(9)
@@ -312,7 +313,8 @@ def _anywhere(name: str) -> Path | None:
 def _files(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
-    return sorted(path for path in directory.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    found = (path for path in directory.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    return sorted(found, key=lambda path: (path.stem, path.suffix))
 
 
 def _file(directory: Path, name: str) -> Path | None:

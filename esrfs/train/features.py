@@ -127,7 +127,7 @@ def build(vgg19: Path | None) -> PerceptualLoss:
     try:
         state = loading.unpickled(data)
     except ValueError as error:
-        raise TrainingError(f"{vgg19} {error}") from error
+        raise TrainingError(f"{vgg19} can't be read as weights: it {error}") from error
     if not isinstance(state, dict):
         raise TrainingError(f"{vgg19} holds no state dict")
     loss = VGGFeatures(state)

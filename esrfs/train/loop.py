@@ -147,8 +147,8 @@ class _State:
             made_by, made_from = msgspec.json.decode(state["training"], type=Training), dict(state["inputs"])
         except (ValueError, KeyError, TypeError) as error:
             raise TrainingError(
-                f"{path} is damaged, or of another version of esrfs ({error}); give another folder, or remove it to "
-                "begin anew"
+                f"{path} can't be read ({error}), or is of another version of esrfs; give another folder, or remove it "
+                "to begin anew"
             ) from error
         if other := _unlike(msgspec.to_builtins(made_by), msgspec.to_builtins(self._training)):
             raise TrainingError(

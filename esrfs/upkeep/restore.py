@@ -59,7 +59,7 @@ def restore(
         except StoreError as error:
             results.append(Restored(path=path, state="failed", message=str(error)))
         except OSError as error:
-            message = f"{error.strerror or error}; the file is as it was"
+            message = f"{path}: {error.strerror or error}; the file is as it was"
             results.append(Restored(path=path, state="failed", message=message))
         else:
             try:
@@ -75,7 +75,9 @@ def restore(
             )
             catalog.put(Identity.from_stat(st), known)
             log.info("%s: the original was brought back", path)
-            results.append(Restored(path=path, state="restored", message=choice.said))
+            results.append(
+                Restored(path=path, state="restored", message=f"{path}: {choice.said}" if choice.said else "")
+            )
     return results
 
 
