@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib.resources
 import io
 import itertools
@@ -124,8 +125,15 @@ def watched(mount: Mount) -> Iterator[Peaks]:
 
 
 def _read(path: Path) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        return b"".join(iter(lambda: file.read(1 << 20), b""))
+    """Waits as long as it takes: a read ends after two minutes with EIO, and the work goes on."""
+    while True:
+        try:
+            with open(path, "rb", buffering=0) as file:
+                return b"".join(iter(lambda: file.read(1 << 20), b""))
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            print(f"{path.name}: {error.strerror}; once more", flush=True)
 
 
 def _difference(one: bytes, other: bytes) -> float:

@@ -167,7 +167,7 @@ class JpegSplit:
 
     @property
     def bytes_per_pixel(self) -> int:
-        return 16 if self.structure.progressive else 10  # libjpeg holds all coefficients of a progressive picture
+        return 22 if self.structure.progressive else 16  # libjpeg holds all coefficients of a progressive picture
 
     def pixels(self) -> Pixels:
         return intact_pixels(self.data, self.structure)

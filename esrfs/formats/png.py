@@ -85,7 +85,7 @@ class PngSplit:
 
     @property
     def bytes_per_pixel(self) -> int:
-        return 14 + 6 * self.structure.interlaced + 8 * (self.structure.mode in ("LA", "RGBA"))
+        return 17 + 6 * self.structure.interlaced + 8 * (self.structure.mode in ("LA", "RGBA"))
 
     def pixels(self) -> Pixels:
         structure = self.structure

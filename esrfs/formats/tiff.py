@@ -65,7 +65,7 @@ class TiffSplit:
         largest = structure.part_width * structure.part_height / (structure.width * structure.height)
         # of a JPEG with Huffman tables of its own libjpeg holds all coefficients
         of_parts = round(20 * min(1.0, largest)) if structure.compression == JPEG else 0
-        return 12 + of_parts + 4 * (structure.samples in (2, 4))
+        return (12 if structure.compression == NONE else 18) + of_parts + 4 * (structure.samples in (2, 4))
 
     def pixels(self) -> Pixels:
         structure = self.structure
