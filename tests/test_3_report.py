@@ -86,9 +86,9 @@ def test_files_are_told_by_verdict_and_reason(store):
         ("passed_through", "not_a_picture", 1, 1000),
         ("pending", "", 1, 1000),
     ]
-    (blob,) = found.blobs  # which the catalog does not know: its recipe was read
-    assert (blob.score, blob.scale, blob.view_bytes) == (71.5, 2, 50_000)
-    assert blob.stored_bytes == (store / "a.jpg").stat().st_size
+    blobs = found.blobs  # one, which the catalog does not know: its recipe was read
+    assert (blobs.count, blobs.scores, blobs.scales) == (1, [(71.5, 1)], [(2, 1)])
+    assert blobs.ratios == [(pytest.approx(50_000 / (store / "a.jpg").stat().st_size, rel=0.005), 1)]
 
 
 def test_a_damaged_blob_is_no_reason_to_fail(store):
@@ -97,7 +97,7 @@ def test_a_damaged_blob_is_no_reason_to_fail(store):
     data[-80:] = bytes(80)
     (store / "a.jpg").write_bytes(data)
     found = told(store)
-    assert found.blobs == []
+    assert found.blobs.count == 0
     assert [(group.state, group.files) for group in found.groups] == [("pending", 1)]
 
 
@@ -128,9 +128,20 @@ def test_an_empty_store_has_a_report(store, tmp_path):
 
 
 def test_classes_hold_every_value_and_no_empty_ends():
-    assert store_page._classes((1, 2, 3), [0.5, 1, 2.9, 2]) == (["< 1", "1 to 2", "2 to 3"], [1, 1, 2])
-    assert store_page._classes((1, 2, 3), [3]) == (["≥ 3"], [1])
-    assert store_page._classes((1, 2, 3), [0, 5]) == (["< 1", "1 to 2", "2 to 3", "≥ 3"], [1, 0, 0, 1])
+    assert store_page._classes((1, 2, 3), [(0.5, 1), (1, 1), (2, 1), (2.9, 1)]) == (
+        ["< 1", "1 to 2", "2 to 3"],
+        [1, 1, 2],
+    )
+    assert store_page._classes((1, 2, 3), [(3, 1)]) == (["≥ 3"], [1])
+    assert store_page._classes((1, 2, 3), [(0, 1), (5, 3)]) == (["< 1", "1 to 2", "2 to 3", "≥ 3"], [1, 0, 0, 3])
+
+
+@pytest.mark.parametrize(
+    ("values", "median"),
+    [([(7.0, 1)], 7), ([(1.0, 2), (3.0, 1)], 1), ([(1.0, 2), (3.0, 2)], 1), ([(1.0, 1), (3.0, 2)], 3)],
+)
+def test_the_median_of_counted_values(values, median):
+    assert store_page._median(values) == median
 
 
 def test_savings_before_the_first_day_are_in_the_table():

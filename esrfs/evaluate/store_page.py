@@ -5,8 +5,6 @@ from __future__ import annotations
 import bisect
 import datetime
 import itertools
-import statistics
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,31 +93,29 @@ def _verdicts(history: History) -> list[Block]:
 
 def _quality(history: History) -> list[Block]:
     blobs = history.blobs
-    if not blobs:
+    if not blobs.count:
         return [Text("No picture is stored small yet.")]
-    lossy = [blob.score for blob in blobs if blob.score < 100]
+    lossy = [(score, count) for score, count in blobs.scores if score < 100]
     blocks: list[Block] = []
-    told = f"{len(blobs) - len(lossy):,} of {len(blobs):,} are stored without loss."
+    told = f"{blobs.count - sum(count for _, count in lossy):,} of {blobs.count:,} are stored without loss."
     if lossy:
         labels, counts = _classes(_SCORE_EDGES, lossy)
         caption = (
             f"SSIMULACRA2 of the views against their originals, as the gate measured it: median "
-            f"{statistics.median(lossy):.1f}, least {min(lossy):.1f}. {told}"
+            f"{_median(lossy):.1f}, least {lossy[0][0]:.1f}. {told}"
         )
         table = Table(["", "pictures"], [[name, f"{count:,}"] for name, count in zip(labels, counts, strict=True)])
         blocks.append(Figure(plots.bars("scores", labels, counts, "pictures", upright=True), caption, table))
     else:
         blocks.append(Text(told))
-    ratios = [blob.view_bytes / blob.stored_bytes for blob in blobs if blob.stored_bytes]
-    labels, counts = _classes(_RATIO_EDGES, ratios)
+    labels, counts = _classes(_RATIO_EDGES, blobs.ratios)
     caption = (
-        f"Original : stored of each blob: median {statistics.median(ratios):.1f}, least {min(ratios):.1f}, "
-        f"most {max(ratios):.1f}."
+        f"Original : stored of each blob: median {_median(blobs.ratios):.1f}, least {blobs.ratios[0][0]:.1f}, "
+        f"most {blobs.ratios[-1][0]:.1f}."
     )
     table = Table(["", "pictures"], [[name, f"{count:,}"] for name, count in zip(labels, counts, strict=True)])
     blocks.append(Figure(plots.bars("ratios", labels, counts, "pictures", upright=True), caption, table))
-    scales = sorted(Counter(blob.scale for blob in blobs).items())
-    rows = [[f"1/{scale}" if scale > 1 else "full", f"{count:,}"] for scale, count in scales]
+    rows = [[f"1/{scale}" if scale > 1 else "full", f"{count:,}"] for scale, count in blobs.scales]
     blocks.append(Table(["", "pictures"], rows, "Resolution of the stored pictures"))
     return blocks
 
@@ -160,11 +156,18 @@ def _reading(status: dict[str, Any]) -> list[Block]:
     return blocks
 
 
-def _classes(edges: Sequence[float], values: Sequence[float]) -> tuple[list[str], list[int]]:
-    """Names and counts of the classes below, between and above ``edges``; empty ones at both ends are left out."""
+def _median(values: Sequence[tuple[float, int]]) -> float:
+    """Of (value, how often), ascending: the lower one of an even number."""
+    ends = list(itertools.accumulate(count for _, count in values))
+    return values[bisect.bisect_left(ends, (ends[-1] + 1) // 2)][0]
+
+
+def _classes(edges: Sequence[float], values: Sequence[tuple[float, int]]) -> tuple[list[str], list[int]]:
+    """Names and counts of the classes below, between and above ``edges``, of (value, how often); empty ones at both
+    ends are left out."""
     counts = [0] * (len(edges) + 1)
-    for value in values:
-        counts[bisect.bisect_right(edges, value)] += 1
+    for value, count in values:
+        counts[bisect.bisect_right(edges, value)] += count
     names = [f"< {edges[0]:g}", *(f"{a:g} to {b:g}" for a, b in itertools.pairwise(edges)), f"≥ {edges[-1]:g}"]
     used = [index for index, count in enumerate(counts) if count]
     kept = slice(used[0], used[-1] + 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from typing import NamedTuple
 
 import msgspec
 
@@ -50,12 +51,15 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     """What the view shows of them."""
 
 
-class Blob(msgspec.Struct, frozen=True, kw_only=True):
-    score: float
-    """SSIMULACRA2 of the view; 100 for what is stored without loss."""
-    scale: int
-    view_bytes: int
-    stored_bytes: int
+class Blobs(msgspec.Struct, frozen=True, kw_only=True):
+    """How many there are of each kind, ascending: of a million photographs no list is made."""
+
+    count: int
+    scores: list[tuple[float, int]]
+    """(SSIMULACRA2 of the view to a hundredth, blobs); 100 for what is stored without loss."""
+    ratios: list[tuple[float, int]]
+    """(bytes of the view / bytes of the blob to three digits, blobs)"""
+    scales: list[tuple[int, int]]
 
 
 class History(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,19 +67,30 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
     """Oldest first."""
     groups: list[Group]
     """Most files first."""
-    blobs: list[Blob]
+    blobs: Blobs
+
+
+class _Blob(NamedTuple):
+    score: float
+    scale: int
+    view_bytes: int
+    stored_bytes: int
 
 
 def of(store: Store, catalog: Catalog) -> History:
     """Raises OSError when the store can't be read."""
     files: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
-    blobs = []
+    scores: Counter[float] = Counter()
+    ratios: Counter[float] = Counter()
+    scales: Counter[int] = Counter()
     for found in walk.files(store):
         entry = catalog.get(Identity.from_stat(found.st))
         blob = _blob(store, catalog, found) if may_be_blob(found.st) else None
         if blob is not None:
-            blobs.append(blob)
+            scores[round(blob.score, 2)] += 1
+            ratios[float(f"{blob.view_bytes / blob.stored_bytes:.3g}")] += 1
+            scales[blob.scale] += 1
             key, size = ("blob", ""), blob.view_bytes
         elif entry is not None and entry.state in ("original", "refused", "passed_through"):
             key, size = (entry.state, entry.reason), found.st.st_size
@@ -87,14 +102,20 @@ def of(store: Store, catalog: Catalog) -> History:
         Group(state=state, reason=reason, files=count, bytes=sizes[state, reason])
         for (state, reason), count in sorted(files.items(), key=lambda item: (-item[1], item[0]))
     ]
+    blobs = Blobs(
+        count=scales.total(),
+        scores=sorted(scores.items()),
+        ratios=sorted(ratios.items()),
+        scales=sorted(scales.items()),
+    )
     return History(days=days(store), groups=groups, blobs=blobs)
 
 
-def _blob(store: Store, catalog: Catalog, found: walk.Found) -> Blob | None:
+def _blob(store: Store, catalog: Catalog, found: walk.Found) -> _Blob | None:
     """None for what is no blob of this store, or can't be read."""
     entry = catalog.get(Identity.from_stat(found.st))
     if entry is not None and entry.state == "blob" and entry.score is not None:
-        return Blob(score=entry.score, scale=entry.scale, view_bytes=entry.view_size, stored_bytes=found.st.st_size)
+        return _Blob(entry.score, entry.scale, entry.view_size, found.st.st_size)
     try:
         descriptor = beneath(found.directory, found.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -109,7 +130,7 @@ def _blob(store: Store, catalog: Catalog, found: walk.Found) -> Blob | None:
         os.close(descriptor)
     if info is None or recipe is None:
         return None
-    return Blob(score=recipe.scores.ssimulacra2, scale=recipe.scale, view_bytes=info.view_size, stored_bytes=st.st_size)
+    return _Blob(recipe.scores.ssimulacra2, recipe.scale, info.view_size, st.st_size)
 
 
 def days(store: Store) -> list[Day]:

@@ -28,7 +28,8 @@ class Restored(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     state: Literal["restored", "failed"]
     message: str = ""
-    """Why not, and what is the case now; or which original it is, if there are two. A sentence for people."""
+    """Why not, and what is the case now; or which original it is, if there are two. A sentence for people, which names
+    the file."""
 
 
 def restore(
