@@ -269,13 +269,15 @@ def test_results_of_other_code_do_not_count(monkeypatch, tmp_path):
     choice = grid.Choice(codecs=("esrfs",), presets=("high",))
     made_by = {grid.plan([picture()], choice).trials[0].grows[0][1]}
     package = tmp_path / "esrfs"
-    for name in ("compaction", "formats"):
+    for name in ("compaction", "formats", "engine", "evaluate"):
         (package / name).mkdir(parents=True)
-    for name in ("reconstruction.py", "compaction/planner.py", "formats/jpeg.py"):
+    for name in (
+        "reconstruction.py", "compaction/planner.py", "formats/jpeg.py", "engine/tiles.py", "evaluate/trial.py"
+    ):  # fmt: skip
         (package / name).write_text("one")
     monkeypatch.setattr(grid.esrfs, "__file__", str(package / "__init__.py"))
-    for change in ("two", "three"):
-        (package / "compaction" / "planner.py").write_text(change)
+    for changed in ("compaction/planner.py", "evaluate/trial.py"):
+        (package / changed).write_text("two")
         grid.own_version.cache_clear()
         made_by.add(grid.plan([picture()], choice).trials[0].grows[0][1])
     grid.own_version.cache_clear()

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from esrfs.blob import recipe as recipe_format
 from esrfs.cli import evaluating, main
 from esrfs.evaluate import grid, requirements, trial
 from esrfs.exit_codes import ExitCode
@@ -108,7 +109,15 @@ def test_ctrl_c_ends_it_and_keeps_what_is_done(pictures, tmp_path):
             time.sleep(0.05)
 
 
-def test_the_store_s_own_way_is_that_of_compaction(pictures, tmp_path):
+def test_the_store_s_own_way_is_that_of_compaction(pictures, monkeypatch):
+    packed = []
+    pack = trial.container.pack
+
+    def remember(avif: bytes, recipe: bytes, store: bytes, sha256: bytes) -> bytes:
+        packed.append(recipe_format.decode(recipe))
+        return pack(avif, recipe, store, sha256)
+
+    monkeypatch.setattr(trial.container, "pack", remember)
     picture = trial.examine(pictures / "sub" / "astronaut.jpg", "a")
     assert isinstance(picture, trial.Picture)
     plan = grid.plan(
@@ -118,6 +127,7 @@ def test_the_store_s_own_way_is_that_of_compaction(pictures, tmp_path):
     assert small.bytes is not None
     assert small.bytes < small.original_bytes
     assert small.note.startswith("scale ")
+    assert packed[0].reference, "which takes 32 bytes in every store's blobs"
     assert small.measures["ssimulacra2"] >= 50
     assert small.restore_seconds > 0
     assert small.store_seconds > 0

@@ -549,6 +549,12 @@ def test_the_measuring_command(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     rows = [line.split()[1] for line in result.output.splitlines() if line.startswith("│")]
     assert rows[:4] == ["clean", "44", "37", "30"]
     assert rows[-2:] == ["SSIMULACRA2", "Y-PSNR"], "80 pixels are too few for MS-SSIM"
+    for wrong, message in (
+        (["shrink-lite-x2", str(folder)], "makes pictures small"),
+        (["lite-x2", str(folder), "--shrinker=lite-x2"], "does not make pictures 2 times smaller"),
+    ):
+        error = CliRunner().invoke(app, wrong).exception
+        assert isinstance(error, ValueError) and message in str(error)
 
 
 def test_rates_by_other_measures() -> None:

@@ -115,7 +115,7 @@ def plan(pictures: Sequence[Picture], choice: Choice) -> Plan:
 def own_version() -> str:
     """esrfs's, and a digest of the code that compaction's bytes depend on: results of other code don't count."""
     package = Path(esrfs.__file__).parent
-    sources = [package / "reconstruction.py"]
+    sources = [package / "reconstruction.py", package / "engine" / "tiles.py", package / "evaluate" / "trial.py"]
     for name in ("blob", "compaction", "formats", "metrics", "networks"):
         sources += sorted((package / name).glob("*.py"))
     digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in sources))

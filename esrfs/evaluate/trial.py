@@ -48,6 +48,8 @@ GROWS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZO
 MAX_MEGAPIXELS = 200.0
 _PR_SET_PDEATHSIG = 1
 SMALLEST_SIDE = 64
+_KEY = bytes(32)
+"""A store's, by which its views refer to their blobs: the recipe holds that, too."""
 
 
 class CodecFailedError(Exception):
@@ -208,7 +210,9 @@ def _compact(trial: Trial) -> list[Result]:
         {member: (sha256, network.spec) for member, (sha256, network) in networks.items()}
     )
     policy = Policy(preset=trial.setting, network=name, max_megapixels=MAX_MEGAPIXELS)
-    outcome, store_seconds = _timed(lambda: compactor.compact(data, policy, references, infer))
+    outcome, store_seconds = _timed(
+        lambda: compactor.compact(data, policy, references, infer, reference_key=_KEY, threads=1)
+    )
     size, note, measured, restore_seconds = None, f"{outcome.reason}: {outcome.message}", {}, 0.0
     if outcome.verdict == Verdict.COMPACTED:
         recipe = recipe_format.decode(outcome.recipe)

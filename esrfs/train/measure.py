@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from esrfs.cli import show
 from esrfs.compaction import refine, shrinking
 from esrfs.evaluate import requirements
-from esrfs.exit_codes import ExitCode
 from esrfs.metrics.fidelity import y_psnr
 from esrfs.metrics.ssimulacra2 import Reference
-from esrfs.networks import loading
+from esrfs.networks import loading, registry
 from esrfs.train.photographs import find, read_rgb
 from esrfs.train.store_degradation import Pixels, code, decode
 
@@ -179,23 +179,34 @@ def _divisible(full: Pixels, scale: int) -> Pixels:
     return np.ascontiguousarray(full[:height, :width])
 
 
+def _load(network: str) -> loading.Network:
+    path = registry.file_or_name(network)
+    return loading.load(path.read_bytes(), name=path.stem)
+
+
 def main(  # noqa: PLR0917 (typer calls it by name)
-    weights: Annotated[Path, typer.Argument(metavar="NETWORK", help="A weights file.")],
+    weights: Annotated[str, typer.Argument(metavar="NETWORK", help="A network, by name or file.")],
     folder: Path,
-    level: Annotated[list[int] | None, typer.Option(help="The planner's levels, beside clean; 60 to 25.")] = None,
+    level: Annotated[
+        list[int] | None, typer.Option(min=0, max=63, help="The planner's levels, beside clean; 60 to 25.")
+    ] = None,
     plain: Annotated[bool, typer.Option(help="Compare bytes with plain AVIF, too (slow).")] = False,
-    crop: Annotated[int, typer.Option(help="Only the middle, so many pixels wide and high; 0: all of it.")] = 0,
+    crop: Annotated[int, typer.Option(min=0, help="Only the middle, so many pixels wide and high; 0: all of it.")] = 0,
     refined: Annotated[
         bool, typer.Option("--refine", help="Refine small pictures before they are coded (slow).")
     ] = False,
-    shrinker: Annotated[Path | None, typer.Option(help="The weights file of a shrinker to use.")] = None,
+    shrinker: Annotated[str | None, typer.Option(help="A shrinker to use, by name or file.")] = None,
     threads: int = 1,
 ) -> None:
     torch.set_num_threads(threads)
     if plain:
         requirements.check()
-    network = loading.load(weights.read_bytes(), name=weights.stem)
-    shrinks = loading.load(shrinker.read_bytes()) if shrinker is not None else None
+    network = _load(weights)
+    if network.spec.architecture == "Shrinker":
+        raise ValueError(f"{weights} makes pictures small; name the network that enlarges them, and it by --shrinker")
+    shrinks = _load(shrinker) if shrinker is not None else None
+    if shrinks is not None and shrinks.channels != 3 * network.scale**2 + 4:
+        raise ValueError(f"{shrinker} does not make pictures {network.scale} times smaller")
     pictures = find(folder)
     levels: list[int | None] = [None, *(level or _LEVELS)]
     gains: dict[int | None, list[Gain]] = {step: [] for step in levels}
@@ -275,6 +286,7 @@ def main(  # noqa: PLR0917 (typer calls it by name)
 if __name__ == "__main__":
     try:
         typer.run(main)
-    except (requirements.MissingError, ValueError, OSError) as error:
-        sys.stderr.write(f"measure: {error}\n")
-        sys.exit(ExitCode.FAILED)
+    except (requirements.MissingError, registry.WeightsError, ValueError) as error:
+        sys.exit(f"measure: {error}")
+    except OSError as error:
+        sys.exit(f"measure: {show.failure(error)}")
