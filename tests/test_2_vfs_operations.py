@@ -51,7 +51,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.views: dict[bytes, bytes] = {}
 
-    def rebuild(self, key: bytes, load: Callable[[], tuple[bytes, bytes]], lane: Lane) -> FakeEngine:
+    def rebuild(self, key: bytes, load: Callable[[], tuple[bytes, bytes]], lane: Lane, megapixels: float) -> FakeEngine:
         load()
         self.answer = Rebuilt(of_bytes(self.views[key]), key, True)
         return self
