@@ -33,7 +33,8 @@ from esrfs.store import linux
 from esrfs.store.initialise import init
 from esrfs.store.layout import Store, open_store
 from esrfs.upkeep.claims import Claims
-from esrfs.vfs.filesystem import Caller, Filesystem
+from esrfs.vfs.creating import Caller
+from esrfs.vfs.filesystem import Filesystem
 
 NAMES = st.sampled_from(["a", "b", "d", "d/a", "d/b", "e", "e/a", "d/f/a", "\udcff"])
 FLAGS = st.sampled_from(

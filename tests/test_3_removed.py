@@ -15,7 +15,8 @@ from esrfs.store import recovery
 from esrfs.store.initialise import init
 from esrfs.store.layout import Store, open_store
 from esrfs.upkeep.claims import Claims
-from esrfs.vfs.filesystem import Caller, Filesystem
+from esrfs.vfs.creating import Caller
+from esrfs.vfs.filesystem import Filesystem
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from esrfs.engine.client import Engine
 from esrfs.store.initialise import init
 from esrfs.store.layout import open_store
 from esrfs.upkeep.claims import Claims
-from esrfs.vfs.filesystem import Caller, Filesystem
+from esrfs.vfs.creating import Caller
+from esrfs.vfs.filesystem import Filesystem
 
 ME = Caller(os.geteuid(), os.getegid(), 0o022)
 

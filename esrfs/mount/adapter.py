@@ -22,7 +22,9 @@ from typing import Any
 from esrfs.mount import binding
 from esrfs.mount.binding import mfusepy
 from esrfs.vfs import xattrs
-from esrfs.vfs.filesystem import Caller, Filesystem, Opened
+from esrfs.vfs.creating import Caller
+from esrfs.vfs.filesystem import Filesystem
+from esrfs.vfs.opening import Opened
 from esrfs.vfs.removed import Hidden
 
 log = logging.getLogger("esrfs.mount")
