@@ -351,7 +351,8 @@ class Filesystem:
     # The mount's end.
 
     def close(self) -> None:
-        """To be called when nobody uses it any more."""
+        """To be called when nobody uses it any more. What is still being rebuilt, for a later try, is given up."""
+        self.waits.ending = True
         self._shared.removed.close()
 
     def warm(self, path: str) -> None:
