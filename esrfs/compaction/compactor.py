@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from types import MappingProxyType
 
 import msgspec
 import numpy as np
@@ -69,7 +70,6 @@ more than they do."""
 _ENCODER_THREADS = 8
 _WORST_OF_MOSAIC = 2.5
 """Points by which a picture's worst tile scores less than its mosaic's, on average."""
-_Tuning = tuple[tuple[str, str], ...]
 _SMALL = 2_000_000
 """Pixels up to which another pass costs little, whatever the patience."""
 _WAYS_OF_SMALL, _ALIKE = 2, 1.03
@@ -78,18 +78,10 @@ _MISLED = 1.1
 """A way that takes so much more than its curve said was chosen by mistake: others are compared with what it takes.
 (Where colour is what it passes least by, headroom hardly grows with the level, and a curve says little.)"""
 _TINY = 1_000_000
-"""Pixels up to which the encoder is tried in other tunings, too. A recipe weighs 1 to 3 % of such a picture's blob."""
-_TUNED_LEVELS = 2
-"""How far from the best level without they are tried."""
-_BEST_TUNING: _Tuning = (("tune", "ssimulacra2"),)
-"""For the gate's metric, where this libaom has it: 4.5 % fewer bytes than its default (DESIGN 10)."""
-_OTHER_TUNINGS: tuple[_Tuning, ...] = (
-    (("sharpness", "5"),),
-    (("deltaq-strength", "50"),),
-    (("deltaq-strength", "150"),),
-)
-"""libaom's options beside those of ``tune=ssimulacra2`` (7 and 100). Each takes fewer bytes at the same score for about
-as many pictures as it takes more, up to 2.6 %; the best of all, 0.7 % fewer on average (14 of Kodak, three levels)."""
+"""Pixels up to which the encoder is tried in another tuning, too. A recipe weighs 1 to 3 % of such a picture's blob."""
+_OTHER_TUNING = {"sharpness": "5"}
+"""libaom's options beside those of ``tune=ssimulacra2`` (7). It takes 1 % fewer bytes at the same score for about as
+many pictures as it takes 1 % more."""
 _REFINED_MORE, _REFINED_SIZE = 4.0, 0.75
 """What refinement gives at best: points where a small picture scores highest, and a share of its bytes."""
 _MOSAIC_SECONDS = 0.25
@@ -146,8 +138,8 @@ class _Way:
     network: NetworkRef | None = None
     shrinker: ShrinkerRef | None = None
     refined: bool = False
-    tuning: _Tuning = ()
-    """Options of libaom, beside those that every picture gets."""
+    tuned: bool = False
+    """With _OTHER_TUNING."""
 
 
 @dataclass
@@ -412,7 +404,7 @@ class _Compaction:
             way.subsampling,
             speed,
             lift=way.network is None,
-            tuning=way.tuning,
+            tuning=_OTHER_TUNING if way.tuned else {},
         )
         if picture is self.picture and self._pixels < _SMALL:
             self.encoded[key] = avif
@@ -450,26 +442,23 @@ class _Compaction:
         return self._conclude(way, result, allowed)
 
     def _tuned(self, way: _Way, curve: Curve, plain: _Result, speed: int) -> _Result:
-        """``plain``, or what other tunings of the encoder make at a level near its own, if that is less."""
+        """``plain``, or what another tuning of the encoder makes of its level, or the level below, if that is less."""
 
         def weight(result: _Result) -> float:
             return curve.weight(len(result.avif), result.scores.ssimulacra2 - self.wanted.whole)
 
         best = plain
-        for tuning in filter(_takes, _OTHER_TUNINGS):
-            level, step = plain.level, 0
-            while planner.LOWEST <= level <= planner.HIGHEST and abs(level - plain.level) <= _TUNED_LEVELS:
-                try:
-                    result = self._result(replace(way, tuning=tuning), level, speed)
-                except (formats.DoesNotFit, ReconstructionError):
-                    break
-                headroom = gate.headroom(result.scores, self.wanted)
-                if headroom >= 0:
-                    best = min(best, result, key=weight)
-                if step == (-1 if headroom < 0 else 1) or 0 <= headroom < curve.slope:
-                    break
-                step = 1 if headroom < 0 else -1
-                level += step
+        for level in range(plain.level, max(plain.level - 2, planner.LOWEST - 1), -1):
+            try:
+                result = self._result(replace(way, tuned=True), level, speed)
+            except (formats.DoesNotFit, ReconstructionError):
+                break
+            headroom = gate.headroom(result.scores, self.wanted)
+            if headroom < 0:
+                break
+            best = min(best, result, key=weight)
+            if headroom < curve.slope:
+                break
         return best
 
     def _refined(
@@ -671,16 +660,17 @@ def encode_avif(
     speed: int = 6,
     *,
     lift: bool = False,
-    tuning: _Tuning = (),
+    tuning: Mapping[str, str] = MappingProxyType({}),
 ) -> bytes:
     """Encode a picture for a blob; ``quality`` is 0 to 99, ``speed`` libaom's; ``lift``: so that colours come back as
-    they were (``chroma.py``); ``tuning``: libaom's options, which it must know (``_takes``). The bytes don't depend on
-    the machine's number of processors. Large pictures are coded in cells, which bounds the memory."""
+    they were (``chroma.py``); ``tuning``: libaom's options, where this libaom knows them. The bytes don't depend on the
+    machine's number of processors. Large pictures are coded in cells, which bounds the memory."""
     if cells.is_large(image):
         encode = partial(encode_avif, quality=quality, subsampling=subsampling, speed=speed, lift=lift, tuning=tuning)
         return cells.encode(image, encode)
     if lift:
         image = chroma.lifted(image)
+    best = _tuning()
     out = io.BytesIO()
     image.save(
         out,
@@ -695,17 +685,18 @@ def encode_avif(
         autotiling=False,
         tile_rows=0,
         tile_cols=0,
-        advanced=dict((*_BEST_TUNING, *tuning)) if _takes(()) else {},
+        advanced={**best, **tuning} if best else {},
     )
     return out.getvalue()
 
 
 @cache
-def _takes(tuning: _Tuning) -> bool:
-    """Whether this libaom knows these options, and the best tuning."""
+def _tuning() -> dict[str, str]:
+    """libaom's tuning for the gate's metric, where this libaom has it: 4.5 % fewer bytes than its default (DESIGN
+    10)."""
+    best = {"tune": "ssimulacra2"}
     try:
-        options = dict((*_BEST_TUNING, *tuning))
-        Image.new("RGB", (16, 16)).save(io.BytesIO(), "AVIF", codec="aom", max_threads=1, advanced=options)
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), "AVIF", codec="aom", max_threads=1, advanced=best)
     except (OSError, ValueError):
-        return False
-    return True
+        return {}
+    return best
