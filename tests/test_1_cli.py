@@ -242,6 +242,15 @@ def test_a_store_can_be_made_exclusive_later(esrfs, store):
     assert (store / ".esrfs" / "store.toml").stat().st_mode & 0o777 == 0o600
 
 
+def test_originals_can_be_kept_for_ever(esrfs, tmp_path):
+    (tmp_path / "photos").mkdir()
+    assert esrfs("init", tmp_path / "photos", "--undo-days", 999_999_999_999)[0] == 0
+    compact(tmp_path / "photos", "a.jpg")
+    code, out, _ = esrfs("status", tmp_path / "photos", "--json")
+    assert (code, json.loads(out)["freed_by"]) == (0, "9999-12-31")
+    assert esrfs("explain", tmp_path / "photos" / "a.jpg")[0] == 0
+
+
 def test_init_with_a_network_that_is_not_here(esrfs, tmp_path):
     code, _, err = esrfs("init", "--network", "nope", tmp_path / "s")
     assert code == ExitCode.NETWORK

@@ -207,6 +207,18 @@ def test_files_are_found_once_and_what_can_not_be_looked_into_is_told(pictures, 
     assert f"{pictures / 'sub'} is left out: Permission denied" in capsys.readouterr().err
 
 
+def test_names_that_are_no_text(pictures, tmp_path, capsys):
+    name = os.fsdecode(b"caf\xe9 <b>.png")
+    (pictures / "coffee.png").rename(pictures / name)
+    out = tmp_path / "report"
+    small = ["--codecs", "jpeg", "--scales", "1", "--qualities", "50", "--networks", "none", "--metrics", "psnr"]
+    for _ in range(2):
+        assert run(pictures / name, "-o", out, *small, "--jobs", "1") == ExitCode.OK, capsys.readouterr().err
+        assert json.loads((out / "results.json").read_text())[0]["picture"] == r"caf\xe9 <b>.png"
+        assert r"caf\xe9 &lt;b&gt;.png" in (out / "report.html").read_text()
+    assert len((out / "results.jsonl").read_bytes().splitlines()) == 1
+
+
 def test_bad_pictures_are_refused_with_a_reason(tmp_path):
     photograph("coffee").crop((0, 0, 40, 90)).save(tmp_path / "tiny.png")
     assert trial.examine(tmp_path / "tiny.png", "t") == "40 × 90 pixels are too few to measure"

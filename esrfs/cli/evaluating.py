@@ -134,10 +134,10 @@ def report(
     from esrfs.evaluate import page, store_page  # noqa: PLC0415
 
     with stores.at(path) as (store, place):
+        out.mkdir(parents=True, exist_ok=True)
         status = inspecting.status_of(store, place)
         with stores.catalog_of(store) as catalog, show.progress("Looking at the store"):
             told = history.of(store, catalog)
-    out.mkdir(parents=True, exist_ok=True)
     values = {"status": status, **msgspec.to_builtins(told)}
     files = {
         "report.html": page.as_html(store_page.make(told, status)),
@@ -160,16 +160,22 @@ def _check_requirements() -> None:
 
 def _find(given: list[Path]) -> list[tuple[Path, str]]:
     """(file, its name in the report) of every file at and below the given paths, sorted. Hidden ones are left out."""
-    found: dict[Path, tuple[Path, str]] = {}
+    found: dict[Path, tuple[Path, str]] = {}  # by what the file really is
     taken: set[str] = set()
     for path in given:
         if not path.is_dir() and not path.is_file():
             raise CommandError(f"{path}: no such file or folder", ExitCode.FAILED)
-        for file, name in sorted(_inside(path)) if path.is_dir() else [(path, path.name)]:
+        for file, below in sorted(_inside(path)) if path.is_dir() else [(path, path.name)]:
             if (real := file.resolve()) not in found:
-                found[real] = (file, str(file) if name in taken else name)
-                taken.add(found[real][1])
+                name = _as_text(str(file) if _as_text(below) in taken else below)
+                found[real] = (file, name)
+                taken.add(name)
     return list(found.values())
+
+
+def _as_text(name: str) -> str:
+    """For pages, CSV and JSON: bytes that are no UTF-8 are told by number."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def _inside(folder: Path) -> Iterator[tuple[Path, str]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import io
 import os
 import platform
 import sys
@@ -106,10 +105,7 @@ def _installed(name: str) -> str:
 
 
 def main() -> None:
-    # File names are bytes: print those that are not UTF-8 as they are.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="surrogateescape")
+    show.names_as_they_are()
     sys.exit(run(sys.argv))
 
 

@@ -99,4 +99,4 @@ def as_html(page: Page) -> bytes:
         lstrip_blocks=True,
     )
     text = environment.get_template("page.html.jinja").render(page=page)
-    return text.encode(errors="replace")  # names may hold bytes that are no text
+    return text.encode(errors="replace")  # the command line may hold bytes that are no text

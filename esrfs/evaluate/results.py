@@ -168,4 +168,4 @@ def as_csv(table: Sequence[dict[str, object]], measures: Sequence[str]) -> bytes
     writer = csv.DictWriter(text, [*COLUMNS, *measures, "store_seconds", "restore_seconds", "note", "made_by"])
     writer.writeheader()
     writer.writerows(table)
-    return text.getvalue().encode(errors="surrogateescape")
+    return text.getvalue().encode()

@@ -171,6 +171,7 @@ def _stop_between_steps() -> list[int]:
 
 
 if __name__ == "__main__":
+    show.names_as_they_are()
     try:
         typer.run(main)
     except KeyboardInterrupt:

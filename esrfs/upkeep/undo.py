@@ -68,4 +68,7 @@ def first(store: Store, recipe: Recipe) -> bytes | None:
 
 
 def _in_days(days: int) -> str:
-    return (datetime.date.today() + datetime.timedelta(days=days)).isoformat()
+    try:
+        return (datetime.date.today() + datetime.timedelta(days=days)).isoformat()
+    except OverflowError:  # "for ever" is what the owner meant
+        return datetime.date.max.isoformat()
