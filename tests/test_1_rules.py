@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,20 @@ def test_names_that_are_not_utf8(store: Store) -> None:
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     code = main.run(["esrfs", "policy", *arguments])
     return code, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), os.mkfifo])
+def test_rules_that_are_no_file_are_told_and_nothing_waits_for_them(store: Store, make: Callable[[Path], None]) -> None:
+    make(Path(store.path, ".esrfs", "rules"))
+    with pytest.raises(StoreError, match=r"\.esrfs/rules is no file"):
+        Rules(store).decide("a.jpg")
+
+
+def test_compact_tells_what_is_wrong_with_the_rules(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(store.path, ".esrfs", "rules").write_text("*.png nonsense\n")
+    Path(store.path, "a.txt").write_text("x")
+    assert main.run(["esrfs", "compact", "--now", store.path]) == ExitCode.DAMAGE
+    assert "rules, line 1: expected a pattern" in capsys.readouterr().err
 
 
 def test_the_command(store: Store, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from esrfs.exit_codes import ExitCode
 from esrfs.store import linux, recovery
 from esrfs.store.layout import open_store
 from esrfs.store.lease import RENEW_SECONDS, CompactorLease
+from esrfs.store.rules import Rules
 from esrfs.upkeep import retention, scheduler
 from esrfs.upkeep.claims import Claims
 from esrfs.upkeep.compact import CompactionUnavailable, Done, Workshop
@@ -53,6 +54,7 @@ def compact(
     totals: Counter[str] = Counter()
     for place, relative in stores.by_store(given).values():
         with stores.at(place.store) as (store, _):
+            Rules(store).decide("")  # raises StoreError: nothing is compacted while they can't be understood
             socket = mounted.find(place, store.config.id)
         if socket is None and place.mountpoint is not None:
             mounted.require(place, store.config.id)  # says what is wrong with the mount

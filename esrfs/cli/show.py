@@ -59,7 +59,8 @@ def size(count: int | float) -> str:
 def failure(error: OSError) -> str:
     """What happened, and to which file where that is known."""
     reason = error.strerror or str(error)
-    return f"{error.filename}: {reason}" if error.filename is not None else reason
+    # A descriptor's number may stand there, too, and tells people nothing.
+    return reason if error.filename is None or isinstance(error.filename, int) else f"{error.filename}: {reason}"
 
 
 def bug(error: Exception) -> ExitCode:

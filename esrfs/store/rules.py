@@ -21,6 +21,7 @@ originals back). While a line of it can't be understood, nothing is compacted.
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 
 import msgspec
@@ -73,7 +74,7 @@ class Rules:
         stamp, rules = self._known
         if stamp != self.stamp:
             stamp = self.stamp
-            rules = parse(_read(self.store), os.path.join(self.store.path, RESERVED, RULES)) if stamp else []
+            rules = parse(_read(self.store), _where(self.store)) if stamp else []
             self._known = stamp, rules
         rule = next((rule for rule in reversed(rules) if _matches(rule.pattern, path)), None)
         return Decision(rule.choice if rule else self.store.config.policy.preset, rule)
@@ -119,7 +120,15 @@ def _stamp(store: Store) -> Stamp:
     return st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns
 
 
+def _where(store: Store) -> str:
+    return os.path.join(store.path, RESERVED, RULES)
+
+
 def _read(store: Store) -> str:
-    descriptor = os.open(RULES, os.O_RDONLY | os.O_CLOEXEC, dir_fd=store.meta_fd)
+    """Raises StoreError for what is no file, OSError."""
+    descriptor = os.open(RULES, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=store.meta_fd)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StoreError(f"{_where(store)} is no file. Nothing is compacted until it is one, or gone.", Problem.DAMAGED)
     with os.fdopen(descriptor, encoding="utf-8", errors="surrogateescape") as file:
         return file.read(_LARGEST)
