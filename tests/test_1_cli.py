@@ -638,6 +638,7 @@ def test_weights(esrfs, tmp_path):
     assert code == 0
     assert listed["lite-x2"]["here"]
     assert listed["lite-x2"]["scale"] == 2
+    assert [listed[name]["texture"] for name in ("lite-x2", "lite-x2-texture")] == [0, 1]
     assert not listed["realesr-general-x4v3"]["here"]
     assert "realesr-general-x4v3" in esrfs("weights", "list")[1]
     assert esrfs("weights", "pull", "nope")[0] == ExitCode.NETWORK

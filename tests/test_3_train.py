@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -301,6 +302,29 @@ def test_a_network_that_was_not_written_any_more_is_written_by_the_next_run(
     assert files[0] == files[1]
 
 
+def test_a_full_disk_costs_what_came_after_the_checkpoint(
+    make_inputs: Callable[[Training], loop.Inputs], tmp_path: Path
+) -> None:
+    inputs = make_inputs(SHORT)
+    straight = trained(SHORT, inputs, tmp_path / "straight")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = tmp_path / "full"
+    trained(SHORT, inputs, out, until=7)
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    for limit, name in ((len(files["checkpoint.pt"]) - 1, "checkpoint.pt"), (len(files["log.jsonl"]) + 9, "log.jsonl")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(OSError, match=f"File too large.*{name}"):
+                trained(SHORT, inputs, out)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert (out / "checkpoint.pt").read_bytes() == files["checkpoint.pt"]
+        assert sorted(path.name for path in out.iterdir()) == sorted(files), "nothing is left beside"
+    assert trained(SHORT, inputs, out) == straight[7:]
+    assert (out / "tiny-x2.safetensors").read_bytes() == (tmp_path / "straight" / "tiny-x2.safetensors").read_bytes()
+    assert [entry.step for entry in log.read(out / "log.jsonl")] == [5, 7, 10, 14]
+
+
 def test_two_trainings_do_not_write_to_one_folder(
     make_inputs: Callable[[Training], loop.Inputs], tmp_path: Path
 ) -> None:
@@ -400,6 +424,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     done = subprocess.run(_command(folder, settings, out), capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert str(out / "tiny.safetensors") in done.stdout
+    assert "2 photographs to learn from, 1 set aside" in done.stdout
     assert "stopped" not in done.stdout
     assert "step 4" in done.stdout and "SSIMULACRA2" in done.stdout
     assert loading.load((out / "tiny.safetensors").read_bytes()).spec.name == "tiny"

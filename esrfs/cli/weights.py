@@ -43,6 +43,7 @@ def list_(
                 "bytes": listed.bytes,
                 "scale": scale,
                 "reduction": reduction,
+                "texture": listed.spec.texture if listed.spec else None,
                 "licence": licence,
             }
         )
@@ -50,11 +51,12 @@ def list_(
         show.as_json(rows)
         return
     show.table(
-        ["name", "scale", "size", "licence", "from", "here"],
+        ["name", "scale", "texture", "size", "licence", "from", "here"],
         [
             [
                 str(row["name"]),
                 f"÷{row['reduction']}" if row["reduction"] else f"×{row['scale']}" if row["scale"] else "",
+                f"{row['texture']:g}" if row["texture"] else "",
                 show.size(row["bytes"]) if isinstance(row["bytes"], int) else "",
                 str(row["licence"]),
                 str(row["origin"]),
@@ -62,7 +64,7 @@ def list_(
             ]
             for row in rows
         ],
-        right=[2],
+        right=[3],
     )
 
 

@@ -102,6 +102,7 @@ def _inputs(
 ) -> loop.Inputs:
     aside, learn = photographs.set_aside(photographs.find(data), training.validation)
     photographs.check(learn, aside, training)
+    bars.console.print(f"{len(learn)} photographs to learn from, {len(aside)} set aside to measure with")
     task = bars.add_task("reading photographs", total=len(aside) + len(learn), note="")
     shrinker, shrinker_sha256, encoder, start = None, "", "", None
     if isinstance(training.degradation, StoreDegradation) and training.degradation.versions:

@@ -63,5 +63,9 @@ def cut(path: Path, step: int) -> None:
 
 
 def append(path: Path, entries: Sequence[Entry]) -> None:
-    with path.open("ab") as file:
-        file.write(b"".join(msgspec.json.encode(entry) + b"\n" for entry in entries))
+    """Raises OSError, which names the file. What a full disk cuts short is cut off when the training goes on."""
+    try:
+        with path.open("ab") as file:
+            file.write(b"".join(msgspec.json.encode(entry) + b"\n" for entry in entries))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
