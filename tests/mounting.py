@@ -24,11 +24,14 @@ FAST = ["quiet=3600"]
 
 def kill_mounts() -> None:
     """End the mounts that this process serves. Who waits for one of them gets an error then."""
+    pids: list[str] = []
     for children in Path("/proc/self/task").glob("*/children"):
-        for pid in children.read_text().split():
-            with contextlib.suppress(OSError):
-                if b"mount\0--foreground" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    os.kill(int(pid), signal.SIGKILL)
+        with contextlib.suppress(OSError):  # the thread has just ended
+            pids += children.read_text().split()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if b"mount\0--foreground" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(int(pid), signal.SIGKILL)
 
 
 class Mounted:

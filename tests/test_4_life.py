@@ -113,6 +113,7 @@ def test_a_test_does_not_wait_for_ever_for_a_mount_that_hangs(mounted: Mounted) 
     """The kernel holds who waits for it, whatever signals come, and so pytest's time limit."""
     assert mounted.process is not None
     mounted.process.send_signal(signal.SIGSTOP)
+    os.waitpid(mounted.process.pid, os.WUNTRACED)  # all its threads stand still
     limit = threading.Timer(0.5, kill_mounts)  # as in conftest, when the test's time is nearly over
     limit.start()
     with pytest.raises(OSError) as failure:
