@@ -312,6 +312,10 @@ def test_networks_for_texture_are_tried_when_they_are_named():
     assert not grid.plan([picture()], dataclasses.replace(choice, scales=(1,))).left_out
 
 
+def test_networks_that_nothing_would_use_are_not_told_of():
+    assert not grid.plan([picture()], grid.Choice(codecs=("esrfs",))).left_out
+
+
 def test_a_network_whose_scale_is_not_tried_is_told():
     (told,) = grid.plan([], grid.Choice(codecs=("jpeg",), scales=(1, 3), networks=("lite-x2",))).left_out
     assert told == "lite-x2 is not tried: it enlarges by 2, and the scales are 1, 3"
@@ -322,6 +326,7 @@ def test_a_network_whose_scale_is_not_tried_is_told():
     [
         (grid.Choice(codecs=("gif",)), "gif.*jpeg"),
         (grid.Choice(scales=(5,)), "5.*1, 2, 3, 4"),
+        (grid.Choice(scales=()), "no scale to try"),
         (grid.Choice(shrinks=("nearest",)), "nearest.*area"),
         (grid.Choice(grows=("sinc",)), "sinc.*lanczos"),
         (grid.Choice(presets=("tiny",)), "tiny.*small"),

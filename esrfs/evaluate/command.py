@@ -50,7 +50,10 @@ def evaluate(
             raise NothingToDoError(f"there is no picture to evaluate{': ' if reasons else ''}{reasons}")
         plan = grid.plan(pictures, choice)
         if not plan.trials:
-            raise NothingToDoError("with these options there is nothing to try; give more codecs, scales or networks")
+            because = "".join(f" ({why})" for why in plan.left_out[:3])
+            raise NothingToDoError(
+                f"with these options there is nothing to try; give more codecs, scales or networks{because}"
+            )
         found, failed = crew.run(plan.trials, kept, progress)
         left_out = [*plan.left_out, *failed]
         if not found:

@@ -72,7 +72,10 @@ def plan(pictures: Sequence[Picture], choice: Choice) -> Plan:
     _check("scale", choice.scales, SCALES)
     if bad := [quality for quality in choice.qualities if not 1 <= quality <= 100]:
         raise ChoiceError(f"qualities are 1 to 100, not {bad[0]}")
-    networks, left_out = _networks_of(choice)
+    if not choice.scales:
+        raise ChoiceError(f"there is no scale to try; give some of {', '.join(map(str, SCALES))} (1: at full size)")
+    # The store's own network is another matter.
+    networks, left_out = _networks_of(choice) if set(choice.codecs) - {ESRFS} else ([], [])
     usable = []
     for name in choice.codecs:
         if name == ESRFS:
