@@ -51,21 +51,23 @@ def list_(
         show.as_json(rows)
         return
     show.table(
-        ["name", "scale", "texture", "size", "licence", "from", "here"],
+        ["name", "scale", "size", "licence", "from", "here"],
         [
             [
                 str(row["name"]),
-                f"÷{row['reduction']}" if row["reduction"] else f"×{row['scale']}" if row["scale"] else "",
-                f"{row['texture']:g}" if row["texture"] else "",
+                (f"÷{row['reduction']}" if row["reduction"] else f"×{row['scale']}" if row["scale"] else "")
+                + (" texture" if row["texture"] else ""),
                 show.size(row["bytes"]) if isinstance(row["bytes"], int) else "",
                 str(row["licence"]),
                 str(row["origin"]),
-                "yes" if row["here"] else "no: esrfs weights pull",
+                "yes" if row["here"] else "no",
             ]
             for row in rows
         ],
-        right=[3],
+        right=[2],
     )
+    if not all(row["here"] for row in rows):
+        show.note("those that are not here: esrfs weights pull NAME")
 
 
 @weights.command()
