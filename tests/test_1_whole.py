@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import resource
 import stat
@@ -13,13 +14,16 @@ import pytest
 from esrfs import whole
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def _no_large_files() -> Iterator[None]:
-    """As a disk that is full after 4 KiB."""
+    """As a disk that is full after 4 KiB. Not as a fixture: what pytest prints between two tests may go to a file, too,
+    and one that is larger."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_what_is_written_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
@@ -32,12 +36,11 @@ def test_what_is_written_takes_the_place_of_what_was_there(tmp_path: Path) -> No
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.usefixtures("_no_large_files")
 def test_a_disk_that_is_full_leaves_what_was_there_and_no_rest(tmp_path: Path) -> None:
     path = tmp_path / "out" / "network.safetensors"
     path.parent.mkdir()
     path.write_bytes(b"the one before")
-    with pytest.raises(OSError, match=r"network\.safetensors") as error:
+    with pytest.raises(OSError, match=r"network\.safetensors") as error, _no_large_files():
         whole.write(path, bytes(10_000))
     assert error.value.errno == errno.EFBIG
     assert path.read_bytes() == b"the one before"
