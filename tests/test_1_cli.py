@@ -330,6 +330,8 @@ def test_status_counts(esrfs, store):
     code, out, _ = esrfs("status", store)
     assert code == 0
     assert "3: 1 stored small, 2 waiting" in out
+    assert "nothing yet" in out  # the original waits in the window, so that more is in use than before
+    assert values["freed_now_bytes"] < 0
 
 
 def test_explain_a_blob(esrfs, store):

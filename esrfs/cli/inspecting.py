@@ -75,7 +75,7 @@ def _show_status(values: dict[str, Any]) -> None:
             f"({show.ratio(values['ratio'])})",
         ),
         ("undo window", f"{show.number_of(values['undo_files'], 'original')}, {show.size(values['undo_bytes'])}"),
-        ("freed now", show.size(values["freed_now_bytes"])),
+        _freed_now(values["freed_now_bytes"]),
     ]
     if values["freed_by"]:
         rows.append((f"freed by {values['freed_by']}", show.size(saved)))
@@ -86,6 +86,13 @@ def _show_status(values: dict[str, Any]) -> None:
         *_daemon_rows(values["daemon"], values["mountpoint"]),
     ]
     show.fields(rows)
+
+
+def _freed_now(freed: int) -> tuple[str, str]:
+    """Until the undo window lets originals go, a store takes more than its files alone would."""
+    if freed < 0:
+        return "freed now", f"nothing yet; {show.size(-freed)} more in use, by originals in the undo window"
+    return "freed now", show.size(freed)
 
 
 def _daemon_rows(daemon: dict[str, Any] | None, mountpoint: str | None) -> list[tuple[str, str]]:

@@ -33,7 +33,7 @@ def make(history: History, status: dict[str, Any]) -> Page:
         ("Size", f"{_bytes(status['logical_bytes'])} shown, {_bytes(status['stored_bytes'])} stored"),
         ("Ratio", f"{status['ratio']:.2f} : 1"),
         ("Undo window", f"{status['undo_files']:,} originals, {_bytes(status['undo_bytes'])}"),
-        ("Freed now", _bytes(status["freed_now_bytes"])),
+        ("Freed now", _freed_now(status["freed_now_bytes"])),
     ]
     if status.get("freed_by"):
         facts.append((f"Freed by {status['freed_by']}", _bytes(status["freed_later_bytes"])))
@@ -49,6 +49,10 @@ def make(history: History, status: dict[str, Any]) -> Page:
         facts=facts,
         sections=sections,
     )
+
+
+def _freed_now(freed: int) -> str:
+    return f"nothing yet; {_bytes(-freed)} more in use, by originals in the undo window" if freed < 0 else _bytes(freed)
 
 
 def _savings(days: Sequence[Day]) -> list[Block]:
