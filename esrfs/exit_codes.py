@@ -21,7 +21,7 @@ class ExitCode(enum.IntEnum):
     REFUSED = 5
     """esrfs will not do this here, for a reason it names: a store within a store, a tree that is mirrored two-way …"""
     DAMAGE = 6
-    """``check`` found something wrong with the store."""
+    """``check`` found something wrong with the store; or its settings or rules can't be understood."""
     BUSY = 7
     """Somebody else holds what the command needs: a mountpoint in use, the compactor's lease …"""
     PERMISSION = 8

@@ -24,6 +24,7 @@ from esrfs import __version__
 from esrfs.blob import container, recipe
 from esrfs.blob.recipe import JpegCoding, Literal, Recipe, Run, Scores
 from esrfs.cli import main, manual, mounting, paths, show
+from esrfs.cli.show import CommandError
 from esrfs.exit_codes import ExitCode
 from esrfs.mount.options import OWN
 from esrfs.networks import registry
@@ -224,6 +225,46 @@ def test_init_in_place(esrfs, tmp_path, request):
     # The name that the person knows still means the store.
     assert paths.resolve(str(folder)) == paths.Place(str(moved), "", None)
     assert esrfs("status", folder)[0] == 0
+    # Once more is harmless, and what it can't change it does not pass over.
+    assert esrfs("init", "--in-place", folder)[2] == ""
+    code, _, err = esrfs("init", "--in-place", "--undo-days", "3", folder)
+    assert code == 0
+    assert "keeps its settings" in err
+    assert str(moved / ".esrfs" / "store.toml") in err
+
+
+def test_what_somebody_else_mounted_is_asked_by_them(esrfs, store, tmp_path, monkeypatch):
+    """A store's owner whose mount root runs would else be told what no mount knows, with exit code 0."""
+    original = compact(store, "a.jpg")
+    theirs = paths.Mount(str(store), str(tmp_path / "view"), "", os.getuid() + 1)
+    monkeypatch.setattr(paths, "mounts", lambda: [theirs])
+    for command in ("status", "explain", "restore", "resume"):
+        code, _, err = esrfs(command, store / "a.jpg")
+        assert code == ExitCode.PERMISSION, command
+        assert "give this command as" in err
+    assert esrfs("cache", "clear", store)[0] == ExitCode.PERMISSION
+    assert (store / "a.jpg").stat().st_size < len(original), "nothing was done behind the mount"
+    assert esrfs("pause", store)[0] == 0, "which holds for every mount of the store"
+    monkeypatch.setattr(os, "getuid", lambda: theirs.user_id + 1)
+    code, _, err = esrfs("umount", theirs.mountpoint)
+    assert code == ExitCode.PERMISSION
+    assert "another user" in err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_a_store_of_somebody_else(store, tmp_path):
+    for folder in (tmp_path, *tmp_path.parents):
+        if not folder.stat().st_mode & 0o001:
+            folder.chmod(folder.stat().st_mode | 0o011)  # pytest's own are for their owner alone
+    child = os.fork()
+    if child == 0:
+        os.setuid(65534)
+        try:
+            paths.resolve(str(store / "a.jpg"))
+        except CommandError as error:
+            os._exit(error.exit_code if "may not look into" in str(error) else 99)
+        os._exit(98)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == ExitCode.PERMISSION
 
 
 def test_init_refuses_a_store_in_a_store(esrfs, store):

@@ -26,6 +26,10 @@ def test_waiting_and_cache_hits_are_in_the_report(mounted: Mounted, tmp_path: Pa
     assert values["mounted"]
     assert sum(values["engine_latency"]["counts"]) == values["engine_calls"] == 1
     assert values["engine_latency"]["seconds"] > 0
+    mounted.stop()
+    assert main.run(["esrfs", "report", str(mounted.store), "-o", str(tmp_path / "later")]) == ExitCode.OK
+    later = json.loads((tmp_path / "later" / "report.json").read_text())["status"]
+    assert later.keys() == values.keys(), "programs find the same, mounted or not"
     page = (tmp_path / "r" / "report.html").read_text()
     assert "From the first request for a picture to its last byte" in page
     assert "cache hit rate" in page

@@ -158,7 +158,7 @@ def read_footer(fd: int, size: int, store_id: bytes | None = None, key: bytes | 
     """The footer at the end of the file ``fd`` of ``size`` bytes: one read of 64 bytes, none if the size tells.
 
     With ``store_id`` and ``key``: None unless that very store wrote it, which is how a mount must ask. Without: any
-    store's (for ``check`` and ``adopt``). None: not a blob. Raises OSError if reading fails.
+    store's (for ``check``). None: not a blob. Raises OSError if reading fails.
     """
     if not may_be_blob(size):
         return None
@@ -225,7 +225,7 @@ def find_by_walk(fd: int, size: int) -> Footer | None:
     """The footer of a blob that lost its shape (a program rewrote the AVIF's metadata), else None.
 
     Its box may lie anywhere, its size may be any. Reads the headers of the top-level boxes only. Such a file is not
-    shown as a view: this is for ``check`` and ``adopt``.
+    shown as a view: this is for ``check``.
     """
     found = _walk(lambda offset, count: os.pread(fd, count, offset), size)
     return found[1] if found else None

@@ -23,7 +23,7 @@ def add_to(app: typer.Typer) -> None:
 def show_(path: Path, as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
     """How many views are kept, how large they are, where they lie."""
     with stores.at(path) as (store, place):
-        socket = mounted.find(place, store.config.id)
+        socket = mounted.ask(place, store.config.id)
         directory = config.cache_directory(store.config.id)
         values: dict[str, Any]
         if socket is not None:
@@ -31,7 +31,7 @@ def show_(path: Path, as_json: Annotated[bool, typer.Option("--json", help="For 
         else:
             views = ViewCache(directory)
             try:
-                values = {**views.measure()}
+                values = {**views.measure(), "hits": 0, "misses": 0}
             finally:
                 views.close()
         values = {"directory": str(directory), **values}
@@ -43,8 +43,8 @@ def show_(path: Path, as_json: Annotated[bool, typer.Option("--json", help="For 
             ("directory", str(values["directory"])),
             ("views", str(values["views"])),
             ("size", f"{show.size(values['bytes'])} of at most {show.size(values['limit'])}"),
-            ("hits", str(values.get("hits", ""))),
-            ("misses", str(values.get("misses", ""))),
+            ("hits", str(values["hits"])),
+            ("misses", str(values["misses"])),
         ]
     )
 
@@ -53,7 +53,7 @@ def show_(path: Path, as_json: Annotated[bool, typer.Option("--json", help="For 
 def clear(path: Path) -> None:
     """Drop all views that are kept; they are rebuilt when they are read again."""
     with stores.at(path) as (store, place):
-        socket = mounted.find(place, store.config.id)
+        socket = mounted.ask(place, store.config.id)
         if socket is not None:
             dropped = control.call(socket, "cache-clear")["cleared"]
         else:

@@ -122,7 +122,7 @@ def pause(path: Path) -> None:
 def resume(path: Path) -> None:
     """Let compaction go on, after `esrfs pause` or after it stopped by itself."""
     with stores.at(path, readonly=False) as (store, place):
-        socket = mounted.find(place, store.config.id)
+        socket = mounted.ask(place, store.config.id)
         if socket is not None:
             control.call(socket, "resume")
         else:

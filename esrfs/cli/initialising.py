@@ -106,6 +106,11 @@ def init(
     made = initialise.init(directory, in_place=in_place, exclusive=exclusive, policy=policy, undo_days=undo_days)
     for warning in made.warnings:
         show.note(warning)
+    if (made.config.policy, made.config.undo_days) != (policy, undo_days):
+        show.note(
+            f"{made.store} was a store before, and keeps its settings; they are in "
+            f"{os.path.join(made.store, layout.RESERVED, layout.CONFIG)}"
+        )
     show.line(
         f"{made.store} is a store (preset {made.config.policy.preset}, originals kept {made.config.undo_days} days)"
     )

@@ -44,9 +44,25 @@ def status(
 
 def status_of(store: Store, place: Place) -> dict[str, Any]:
     """What ``esrfs status --json`` prints of a store: a mount's answer, where there is one."""
-    socket = mounted.find(place, store.config.id)
+    socket = mounted.ask(place, store.config.id)
     counts = control.call(socket, "status") if socket is not None else _status_unmounted(store)
     return {"store": place.store, "mountpoint": place.mountpoint, "preset": store.config.policy.preset, **counts}
+
+
+_IDLE = {
+    "cache_hits": 0,
+    "cache_misses": 0,
+    "engine_calls": 0,
+    "engine_compactions": 0,
+    "engine_restarts": 0,
+    "engine_failures": 0,
+    "engine_inexact": 0,
+    "engine_latency": None,
+    "engine_state": "stopped",
+    "compaction": "",
+    "queued": 0,
+    "open_handles": 0,
+}
 
 
 def _status_unmounted(store: Store) -> dict[str, Any]:
@@ -58,8 +74,7 @@ def _status_unmounted(store: Store) -> dict[str, Any]:
         cache_bytes = cache.measure()["bytes"]
     finally:
         cache.close()
-    idle = {"cache_hits": 0, "cache_misses": 0, "engine_calls": 0, "engine_state": "stopped"}
-    return {**counts, "cache_bytes": cache_bytes, **idle, "mounted": False}
+    return {**counts, "cache_bytes": cache_bytes, **_IDLE, "mounted": False}
 
 
 def _show_status(values: dict[str, Any]) -> None:
@@ -124,6 +139,7 @@ def explain(
 ) -> None:
     """Why a file is as it is: its state, the reason, the figures."""
     with stores.at(file) as (store, place), stores.catalog_of(store) as catalog:
+        mounted.ask(place, store.config.id)  # verdicts are in the catalog of who runs the mount
         try:
             explanation = upkeep_explain.explain(store, catalog, place.relative)
         except FileNotFoundError as error:

@@ -53,6 +53,7 @@ _STORE_PROBLEMS = {
     Problem.NOT_A_STORE: ExitCode.NOT_A_STORE,
     Problem.REFUSED: ExitCode.REFUSED,
     Problem.UNSUPPORTED: ExitCode.REFUSED,
+    Problem.PERMISSION: ExitCode.PERMISSION,
     Problem.BUSY: ExitCode.BUSY,
     Problem.DAMAGED: ExitCode.DAMAGE,
     Problem.NOT_FOUND: ExitCode.FAILED,

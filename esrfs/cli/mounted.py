@@ -22,6 +22,15 @@ def find(place: Place, store_id: str) -> Path | None:
     return control.find(store_id)
 
 
+def ask(place: Place, store_id: str) -> Path | None:
+    """Like :func:`find`. Raises CommandError PERMISSION where somebody else runs the mount: only that mount knows what
+    is asked for, and what is done behind it would be wrong."""
+    socket = find(place, store_id)
+    if socket is None:
+        _refuse_of_others(place)
+    return socket
+
+
 def require(place: Place, store_id: str) -> Path:
     """Like :func:`find`. Raises CommandError NOT_MOUNTED or PERMISSION, saying what to do."""
     socket = find(place, store_id)
@@ -32,21 +41,34 @@ def require(place: Place, store_id: str) -> Path:
             f"{place.store} is not mounted; mount it first: esrfs mount {quote(place.store)} DIRECTORY",
             ExitCode.NOT_MOUNTED,
         )
-    user = next((mount.user_id for mount in paths.mounts() if mount.mountpoint == place.mountpoint), os.getuid())
-    if user != os.getuid():
-        try:
-            name = pwd.getpwuid(user).pw_name
-        except KeyError:
-            name = f"user {user}"
-        raise CommandError(
-            f"{place.mountpoint} is run by {name}; give this command as {name} (sudo -u {name} …)", ExitCode.PERMISSION
-        )
+    _refuse_of_others(place)
     raise CommandError(
         f"{place.mountpoint} is mounted, but its process does not answer (it was killed, or it is ending). "
         f"To start anew: esrfs umount {quote(place.mountpoint)}, "
         f"then esrfs mount {quote(place.store)} {quote(place.mountpoint)}",
         ExitCode.NOT_MOUNTED,
     )
+
+
+def _refuse_of_others(place: Place) -> None:
+    """Raises CommandError PERMISSION if somebody else runs the place's mount."""
+    user = next((mount.user_id for mount in paths.mounts() if mount.mountpoint == place.mountpoint), os.getuid())
+    if user == os.getuid():
+        return
+    name = name_of(user)
+    raise CommandError(
+        f"{place.mountpoint} is run by {name} and answers nobody else; give this command as {name}: "
+        f"sudo {'' if user == 0 else f'-u {name} '}esrfs …",
+        ExitCode.PERMISSION,
+    )
+
+
+def name_of(user: int) -> str:
+    """The user's name, or #NUMBER (which sudo understands, too)."""
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return f"#{user}"
 
 
 def call_with_progress(socket: Path, op: str, advance: Advance, **arguments: Any) -> dict[str, Any]:

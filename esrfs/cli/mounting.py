@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from esrfs import config, control
-from esrfs.cli import paths
+from esrfs.cli import mounted, paths
 from esrfs.cli.show import CommandError, note
 from esrfs.exit_codes import ExitCode
 from esrfs.store import layout
@@ -78,6 +78,12 @@ def umount(
         return
     if place is None:
         raise CommandError(f"{directory} is not a mountpoint of esrfs; nothing was done", ExitCode.NOT_MOUNTED)
+    if os.getuid() not in (0, place.user_id):
+        raise CommandError(
+            f"{place.mountpoint} is run by another user ({mounted.name_of(place.user_id)}), who alone may unmount it, "
+            "and root",
+            ExitCode.PERMISSION,
+        )
     process = _process_of(place)
     try:
         if force and process is not None:

@@ -61,7 +61,7 @@ def mounted_at(directory: str) -> Mount | None:
 def resolve(path: str) -> Place:
     """The store that ``path`` belongs to. Touches nothing below a mountpoint, so a mount that hangs can't hang it.
 
-    Raises CommandError NOT_A_STORE.
+    Raises CommandError NOT_A_STORE; PERMISSION for what its owner lets nobody look into.
     """
     absolute = os.path.abspath(path)
     table = mounts()
@@ -78,6 +78,11 @@ def resolve(path: str) -> Place:
         if root is not None:
             served = [mount for mount in table if os.path.realpath(mount.store) == os.path.realpath(root)]
             return Place(root, _relative(candidate, root), served[-1].mountpoint if served else None)
+    if closed := _closed_above(absolute):
+        raise CommandError(
+            f"{path} may be a store or lie in one, but you may not look into {closed}; its owner may, and root",
+            ExitCode.PERMISSION,
+        )
     hint = "" if os.path.lexists(absolute) else " (and it does not exist)"
     raise CommandError(
         f"{path} is neither an esrfs store nor a mount of one, nor in either{hint}. "
@@ -98,6 +103,22 @@ def _store_above(path: str) -> str | None:
             if os.path.isfile(os.path.join(beside, _MARK)):
                 return beside
         if above == at:
+            return None
+        at = above
+
+
+def _closed_above(path: str) -> str | None:
+    """Where looking for a store was not permitted, at ``path`` or above it; None if it was everywhere."""
+    at = path
+    while True:
+        try:
+            os.stat(os.path.join(at, _MARK))
+        except PermissionError:
+            inside = os.path.dirname(os.path.join(at, _MARK))
+            return inside if os.path.lexists(inside) else at
+        except OSError:
+            pass
+        if (above := os.path.dirname(at)) == at:
             return None
         at = above
 

@@ -62,7 +62,7 @@ def restore(
     brought = 0
     for place, relative in stores.by_store(given).values():
         with stores.at(place.store, readonly=False) as (store, _), show.progress("Restoring") as advance:
-            socket = mounted.find(place, store.config.id)
+            socket = mounted.ask(place, store.config.id)
             if socket is not None:
                 # The mount knows who reads the file at this moment; nobody else may swap it.
                 results = mounted.call_with_progress(socket, "restore", advance, paths=relative, first=first)["files"]

@@ -74,6 +74,7 @@ _REQUEST_TIMEOUTS = ("/proc/sys/fs/fuse/max_request_timeout", "/proc/sys/fs/fuse
 _EXIT_CODES = {
     Problem.NOT_A_STORE: ExitCode.NOT_A_STORE,
     Problem.REFUSED: ExitCode.REFUSED,
+    Problem.PERMISSION: ExitCode.PERMISSION,
     Problem.BUSY: ExitCode.BUSY,
     Problem.DAMAGED: ExitCode.DAMAGE,
 }

@@ -13,6 +13,8 @@ class Problem(enum.StrEnum):
     """esrfs could, but must not: a store within a store, a tree that another program mirrors …"""
     UNSUPPORTED = "unsupported"
     """The filesystem, or this version of esrfs, can't."""
+    PERMISSION = "permission"
+    """The store, or part of it, belongs to another user."""
     BUSY = "busy"
     DAMAGED = "damaged"
     NOT_FOUND = "not_found"

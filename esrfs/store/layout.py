@@ -379,7 +379,7 @@ def open_store(path: str, readonly: bool = False) -> Store:
         if isinstance(error, PermissionError):
             raise StoreError(
                 f"{path}: {error.strerror}: {error.filename}. A store can be opened by its owner and by root.",
-                Problem.REFUSED,
+                Problem.PERMISSION,
             ) from error
         raise
 
