@@ -35,7 +35,10 @@ def main(
     *,
     config_path: Annotated[
         Path | None,
-        typer.Option("--config", help="The configuration; ~/.config/esrfs/daemon.toml if not given."),
+        typer.Option(
+            "--config",
+            help="The configuration; ~/.config/esrfs/daemon.toml if not given, for root /etc/esrfs/daemon.toml if there.",
+        ),
     ] = None,
     check_config: Annotated[
         bool, typer.Option("--check-config", help="Only check the configuration, and tell what it means.")

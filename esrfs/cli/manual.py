@@ -23,8 +23,14 @@ from esrfs.mount import options
 _README = Path(esrfs.__file__).parent.parent / "README.md"
 _FILES = (
     ("STORE/.esrfs/", "What belongs to a store, its key among it. Keep it with the store."),
+    ("STORE/.esrfs/store.toml", "The store's settings: preset, network, patience, refinement, days to undo."),
+    ("STORE/.esrfs/rules", "Which files get which preset; see esrfs-policy(1)."),
     ("$XDG_STATE_HOME/esrfs/ID/", "A catalog that can be made anew, and the log of mounts in the background."),
     ("$XDG_CACHE_HOME/esrfs/ID/", "Rebuilt views."),
+    ("$XDG_STATE_HOME/esrfs/migration.db", "What `esrfs migrate` and the daemon did."),
+    ("$XDG_DATA_HOME/esrfs/weights/", "Networks that were downloaded or added."),
+    ("~/.config/esrfs/daemon.toml, /etc/esrfs/daemon.toml", "The daemon's configuration, for users and for root."),
+    ("~/.config/esrfs/NAME.conf, /etc/esrfs/NAME.conf", "Store and mountpoint of the service esrfs@NAME."),
     ("$XDG_RUNTIME_DIR/esrfs/", "Sockets by which commands reach mounts."),
 )
 _SPECIAL = re.compile(r"^[.']", re.MULTILINE)
