@@ -37,7 +37,7 @@ def main(
         Path | None,
         typer.Option(
             "--config",
-            help="The configuration; ~/.config/esrfs/daemon.toml if not given, for root /etc/esrfs/daemon.toml if there.",
+            help="The configuration; ~/.config/esrfs/daemon.toml if not given (root: /etc/esrfs/daemon.toml if there).",
         ),
     ] = None,
     check_config: Annotated[
