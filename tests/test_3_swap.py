@@ -895,6 +895,73 @@ def test_a_crash_while_materialising_leaves_blob_or_view(place, what, point):
     assert place.kept() == [ORIGINAL]
 
 
+TORN = """
+import os, signal, sys
+from esrfs.store import plain
+from esrfs.store.layout import open_store
+root, view, first, last = sys.argv[1], open(sys.argv[2], "rb").read(), int(sys.argv[3]), int(sys.argv[4])
+
+def cut(from_fd, to_fd):
+    st = os.fstat(to_fd)
+    os.pwrite(to_fd, os.pread(from_fd, last - first, first), first)
+    os.utime(to_fd, ns=(st.st_atime_ns, st.st_mtime_ns))
+    os.fsync(to_fd)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+plain.copy_over = cut
+with open_store(root) as store:
+    fd = os.open(os.path.join(root, "sub/photo.jpg"), os.O_RDONLY)
+    plain.materialise(store, None, fd, lambda to: os.pwrite(to, view, 0))
+"""
+
+
+def run_torn(place: Place, first: int, last: int) -> None:
+    """Leave what a power cut leaves when of a view only the bytes from ``first`` to ``last`` reached the disk."""
+    payload = place.root.parent / "payload"
+    payload.write_bytes(VIEW)
+    command = [sys.executable, "-c", TORN, str(place.root), str(payload), str(first), str(last)]
+    assert subprocess.run(command, check=False).returncode == -9
+
+
+@pytest.mark.parametrize("where", ["picture", "recipe", "footer", "nothing"])
+def test_a_power_cut_in_the_middle_of_writing_over_a_blob_keeps_the_complete_copy(place, where):
+    """fsync writes data over the blob's own blocks first, and the inode after it: what comes back has the blob's size
+    and mtime, and bytes of the view in it."""
+    place.put_blob()
+    size = len(place.blob)
+    first, last = {"picture": (0, 64), "recipe": (size - 160, size - 100), "footer": (size - 8, size)}.get(
+        where, (0, 0)
+    )
+    before = metadata_of(place.file)
+    run_torn(place, first, last)
+    torn = place.file.read_bytes()
+    assert (len(torn), torn != place.blob) == (size, where != "nothing")
+    report = recover_twice(place)
+    assert place.file.read_bytes() == (place.blob if where == "nothing" else VIEW)
+    assert place.found() == ([] if where == "nothing" else [torn])
+    assert len(report.found) == len(place.found())
+    assert metadata_of(place.file) == before
+
+
+def test_a_half_overwritten_blob_that_a_full_disk_lets_nobody_complete_waits(place, monkeypatch):
+    """What it was can't be put aside: nothing is touched or piles up in staging, and the next recovery does it."""
+    place.put_blob()
+    run_torn(place, 0, 64)
+    torn, staged = place.file.read_bytes(), place.staged()
+    really = recovery.copy_over
+
+    def full(from_fd: int, to_fd: int) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(recovery, "copy_over", full)
+    assert len(recovery.recover(place.store).problems) == 1
+    assert (place.file.read_bytes(), place.staged()) == (torn, staged)
+    monkeypatch.setattr(recovery, "copy_over", really)
+    recover_twice(place)
+    assert place.file.read_bytes() == VIEW
+    assert place.found() == [torn]
+
+
 def test_recovery_never_overwrites_another_file_that_got_the_inode_number(either_place):
     """ext4 reuses inode numbers at once."""
     place = either_place

@@ -21,6 +21,7 @@ from esrfs import faults
 from esrfs.blob import container
 from esrfs.store import exchange, ledger, metadata, originals, staging
 from esrfs.store.beneath import beneath, open_parent
+from esrfs.store.examine import examine
 from esrfs.store.exchange import TakenBack
 from esrfs.store.layout import RESERVED, Store
 from esrfs.store.ledger import Done, FileMark, Found, Intent, ToPlain, Undone
@@ -290,9 +291,12 @@ def _end_in_place(store: Store, step: ToPlain, report: Report) -> str | None:
         if held.sha256() != step.sha256_plain:
             report.found.append(staging.put_aside(store, step.staging, "it is not what it was when it was recorded"))
             return "the copy is not what it was"
+        # What is looked at is what the disk has: pages may hold more than a failed fsync ever wrote.
+        os.fsync(target)
+        os.posix_fadvise(target, 0, 0, os.POSIX_FADV_DONTNEED)
         if originals.sha256_of(target).hex() != step.sha256_plain:
             st = os.fstat(target)
-            if (st.st_size, st.st_mtime_ns) == (step.blob.size, step.blob.mtime_ns):
+            if (st.st_size, st.st_mtime_ns) == (step.blob.size, step.blob.mtime_ns) and _is_sound(store, target, st):
                 os.utime(target, ns=(st.st_atime_ns, step.plain.mtime_ns))  # which reserving room had changed
                 return _discard(store, step.staging, step.plain, report, "the process died before it wrote a byte")
             report.found.append(_copy_aside(store, target))
@@ -303,12 +307,29 @@ def _end_in_place(store: Store, step: ToPlain, report: Report) -> str | None:
         return None
 
 
+def _is_sound(store: Store, fd: int, st: os.stat_result) -> bool:
+    """Whether this is a whole blob, by its checksums. Its size and mtime don't tell: a power cut during an fsync leaves
+    them as they were over blocks that were overwritten already, since the inode is written last."""
+    info = examine(store, fd, st)
+    if info is None:
+        return False
+    with os.fdopen(os.dup(fd), "rb") as file:
+        file.seek(0)
+        try:
+            return container.unpack(file.read()).recipe.original_size == info.view_size
+        except ValueError:
+            return False
+
+
 def _copy_aside(store: Store, target: int) -> str:
     """A half overwritten file is about to be completed; should it be something else after all, this is what it was."""
     fd, name = staging.create(store, "plain")
     try:
         copy_over(target, fd)
         os.fsync(fd)
+    except BaseException:
+        staging.remove(store, name)
+        raise
     finally:
         os.close(fd)
     return staging.put_aside(store, name, "half overwritten; it was then completed from the copy in staging")
