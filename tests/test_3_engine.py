@@ -226,6 +226,37 @@ def test_a_stopped_worker_is_killed_when_the_time_limit_passes(
     assert order(engine, "echo", payload=b"z").wait(20).file.read() == b"z"
 
 
+@pytest.mark.parametrize("goes_on", [False, True], ids=["given up", "goes on as read-ahead"])
+def test_a_stopped_worker_is_killed_soon_when_its_readers_gave_up(
+    make_engine: MakeEngine, expect_log: Callable[[str], None], goes_on: bool
+) -> None:
+    """Not only after the hour that a compaction may take: each photograph read until then would fail."""
+    expect_log("engine ended|reported nothing")
+    engine = make_engine(time_limit=0.5)
+    order(engine, "echo").wait()
+    ticket = order(engine, "stop", key=b"k")
+    with pytest.raises(TimeoutError):
+        ticket.wait()
+    if goes_on:
+        order(engine, "stop", key=b"k", lane=Lane.READ_AHEAD)
+    ticket.release()
+    wait_until(lambda: engine.counters.restarts >= 1, 5)
+    if not goes_on:
+        assert order(engine, "echo", payload=b"z").wait(20).file.read() == b"z"
+
+
+def test_a_worker_that_is_busy_with_a_large_picture_is_not_killed_for_a_small_one_beside_it(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(time_limit=0.5)
+    order(engine, "echo").wait()
+    large = engine.rebuild(b"large", lambda: (b"hang 2", b"l"), megapixels=2.0)
+    small = engine.rebuild(b"small", lambda: (b"hang 2.1", b"s"), megapixels=0.01)
+    assert large.wait(20).file.read() == b"l"
+    assert small.wait(20).file.read() == b"s"
+    assert engine.counters.restarts == 0
+
+
 def test_wait_times_out_and_release_cancels(make_engine: MakeEngine, tmp_path: Path) -> None:
     engine = make_engine()
     notes = tmp_path / "notes"

@@ -57,7 +57,7 @@ State = Literal["stopped", "starting", "idle", "busy"]
 _TRIES = 2
 _SLOWEST = 4.0
 """Seconds for each megapixel of a view: a small computer takes no more. Killed sooner, a slow engine could never finish
-a large picture, and what it does besides would be lost each time."""
+a large picture, and what it does beside it would be lost each time."""
 _EXIT_SECONDS = 2.0
 """How long a worker whose connection closed may take to exit by itself; then it is killed."""
 
@@ -69,7 +69,7 @@ class EngineSettings:
     """After so long without a job the worker ends and gives its memory (and the GPU) back."""
     time_limit: float = 120.0
     """Seconds a reader waits before TimeoutError. A worker that reports nothing for twice as long, and ``_SLOWEST`` for
-    what it works on, is killed."""
+    what it works on, is killed, also when the readers have given up by then."""
     compaction_time_limit: float = 3600.0
     """For compaction, which also waits for readers: both."""
     handler: str = "esrfs.engine.handler"
@@ -126,6 +126,7 @@ class _Job:
         self.counter = counter
         self.key = key
         self.lanes: list[Lane] = []  # one for each ticket
+        self.is_read = False  # by a reader, or by a guess of what is read next; still so when the last has given up
         self.tries = 0
         self.ends = 0  # of workers that worked on nothing else
         self.worker: _Worker | None = None
@@ -367,6 +368,7 @@ class Engine:
                     self._by_key[key] = job
             before = job.lane
             job.lanes.append(lane)
+            job.megapixels = max(job.megapixels, megapixels)  # who asked first may not have known
             if job.done.is_set():
                 return job
             self._lane_changed(job, before)
@@ -397,7 +399,8 @@ class Engine:
             self._changed.notify_all()
 
     def _lane_changed(self, job: _Job, before: Lane) -> None:
-        """[lock] Tell the worker, if it has the job."""
+        """[lock] Tell the worker, if it has the job, which somebody still wants."""
+        job.is_read = job.key is not None and job.lane != Lane.COMPACTION
         if job.worker is not None and job.lane != before:
             self._notes.append((job.worker, protocol.SetLane(job=job.number, lane=job.lane)))
         self._changed.notify_all()
@@ -527,10 +530,15 @@ class Engine:
                 return
 
     def _limit(self, job: _Job) -> float:
-        """Seconds without a report after which the worker that has the job counts as hung."""
-        if job.lane == Lane.INTERACTIVE:
-            return 2 * self._settings.time_limit + _SLOWEST * job.megapixels
-        return self._settings.compaction_time_limit
+        """[lock] Seconds without a report after which the worker that has the job counts as hung.
+
+        What a job is decides, not whether somebody still waits for it: on a hung worker all readers give up. It may
+        have to wait for another, and that one reports when it ends.
+        """
+        if not job.is_read:
+            return self._settings.compaction_time_limit
+        beside = max((other.megapixels for other in self._in_flight.values() if other is not job), default=0.0)
+        return 2 * self._settings.time_limit + _SLOWEST * (job.megapixels + beside)
 
     def _idle_for(self) -> float:
         """[lock] Seconds that the worker has had nothing to do; 0 when there is none, it is needed or just starting."""
