@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import sqlite3
 import stat
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from esrfs_daemon import config, copying, destination, durable, once
+from esrfs_daemon import config, copying, destination, durable, once, sources, undo
 from esrfs_daemon.journal import Busy, Journal
 from esrfs_daemon.migration import FAULT_POINTS, Migration
 from esrfs_daemon.report import DestinationLost, NoRoom, Report
@@ -939,6 +940,97 @@ def test_undo_leaves_what_people_changed(migrating: Migrating) -> None:
     assert {note.path for note in report.failed} == {"a", "b"}
     assert contents(migrating.source) == {"b": b"something new", "c": b"original c"}
     assert contents(migrating.to) == {"a": b"edited in the mount", "b": b"original b"}
+
+
+@pytest.mark.parametrize("how", ["saved anew", "written in place", "open for writing"])
+def test_undo_leaves_what_is_saved_in_the_last_moment(
+    migrating: Migrating, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """After its copy was proved to hold the old bytes, and before its name goes."""
+    write(migrating.source / "a.jpg", b"before!")
+    os.symlink("before", migrating.source / "link")
+    migrating.migrate()
+    copy = migrating.to / "a.jpg"
+    real = undo.prove
+    with contextlib.ExitStack() as editor:
+
+        def prove_and_save(fd: int, sha256: bytes) -> str:
+            proof = real(fd, sha256)
+            if how == "saved anew":
+                write(migrating.to / ".new", b"edited!")
+                os.rename(migrating.to / ".new", copy)
+            elif how == "written in place":
+                before = os.fstat(fd).st_mtime_ns
+                with open(copy, "r+b") as file:
+                    file.write(b"edited!")
+                os.utime(copy, ns=(before, before))
+            else:
+                editor.enter_context(open(copy, "r+b"))
+            return proof
+
+        monkeypatch.setattr(undo, "prove", prove_and_save)
+        report = migrating.undo()
+    assert [note.path for note in report.kept] == ["a.jpg"]
+    assert str(copy) in report.kept[0].reason
+    assert not report.failed
+    assert contents(migrating.source) == {"a.jpg": b"before!", "link": b"-> before"}
+    assert contents(migrating.to) == {"a.jpg": b"before!" if how == "open for writing" else b"edited!"}
+    monkeypatch.setattr(undo, "prove", real)
+    again = migrating.undo()
+    assert (again.removed, len(again.kept)) == ((1, 0) if how == "open for writing" else (0, 1))
+
+
+def test_undo_leaves_a_symlink_that_is_changed_in_the_last_moment(
+    migrating: Migrating, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.symlink("before", migrating.source / "link")
+    migrating.migrate()
+    real = sources.delete
+
+    def save_and_delete(*arguments: Any) -> None:
+        os.symlink("edited", migrating.to / "new")
+        os.rename(migrating.to / "new", migrating.to / "link")
+        real(*arguments)
+
+    monkeypatch.setattr(sources, "delete", save_and_delete)
+    report = migrating.undo()
+    assert [note.path for note in report.kept] == ["link"]
+    assert contents(migrating.to) == {"link": b"-> edited"}
+    assert contents(migrating.source) == {"link": b"-> before"}
+
+
+def test_undo_leaves_a_file_that_takes_the_place_of_our_symlink_in_the_last_moment(
+    migrating: Migrating, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(migrating.source / "a.jpg", b"before")
+    migrating.migrate("symlink")
+    real = os.readlink
+
+    def read_and_save(path: Any, **named: Any) -> str:
+        target = real(path, **named)
+        if sys._getframe(1).f_code.co_name == "_give_name":
+            write(migrating.source / ".new", b"edited")
+            os.rename(migrating.source / ".new", migrating.source / "a.jpg")
+        return target
+
+    monkeypatch.setattr(os, "readlink", read_and_save)
+    report = migrating.undo()
+    assert [note.path for note in report.failed] == ["a.jpg"]
+    assert contents(migrating.source) == {"a.jpg": b"edited"}
+    assert contents(migrating.to) == {"a.jpg": b"before"}
+
+
+def test_a_kill_while_undo_removes_a_copy_hides_nothing(migrating: Migrating) -> None:
+    write(migrating.source / "sub" / "a.jpg", b"mine")
+    migrating.migrate()
+    killed = migrating.command("--undo", faults="migrate.aside=kill")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.suffix for path in (migrating.to / "sub").iterdir()] == [".taken"]
+    (migrating.source / "sub" / "a.jpg").unlink()
+    report = migrating.undo()
+    assert not report.failed + report.kept
+    assert contents(migrating.source) == {"sub/a.jpg": b"mine"}
+    assert list(migrating.to.iterdir()) == []
 
 
 def test_undo_brings_compacted_originals_back(quick: QuickMounted, tmp_path: Path) -> None:

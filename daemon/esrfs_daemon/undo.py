@@ -96,6 +96,10 @@ class Undo:
             except _Impossible as failure:
                 self.report.failed.append(Note(path=row.source, reason=str(failure)))
                 continue
+            except sources.ChangedSince:
+                reason = f"its copy is being changed in the destination; it stays as {self._copy_path(row)}"
+                self.report.kept.append(Note(path=row.source, reason=reason))
+                continue  # another --undo looks at it anew
             except (sources.Left, copying.Changed, copying.NotTheSame, OSError) as error:
                 reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
                 self.report.failed.append(Note(path=row.source, reason=reason or "it changed meanwhile; try again"))
@@ -111,6 +115,7 @@ class Undo:
     def _undo_file(self, row: Row) -> None:
         directory, name = self._source_folder(row.source)
         try:
+            self._put_taken_back(directory, name, row)
             if self._has_content(directory, name, row):
                 self.report.there += 1
             else:
@@ -187,15 +192,12 @@ class Undo:
 
     def _give_name(self, directory: int, part: str, name: str, row: Row) -> None:
         try:
-            ours = os.readlink(name, dir_fd=directory) == self._copy_path(row)
-        except OSError:
-            ours = False
-        if ours:
-            os.rename(part, name, src_dir_fd=directory, dst_dir_fd=directory)
-            return
-        try:
+            with contextlib.suppress(FileNotFoundError):
+                st = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                if stat.S_ISLNK(st.st_mode) and os.readlink(name, dir_fd=directory) == self._copy_path(row):
+                    sources.delete(directory, name, Identity.of(st), row.token, None)
             sources.move(directory, part, directory, name)
-        except FileExistsError:
+        except (sources.ChangedSince, FileExistsError):
             raise _Impossible(f"something else took the name; the copy stays as {self._copy_path(row)}") from None
 
     def _link(self, directory: int, name: str, other: str, row: Row) -> bool:
@@ -208,7 +210,7 @@ class Undo:
         try:
             os.link(base, part, src_dir_fd=there, dst_dir_fd=directory, follow_symlinks=False)
             self._give_name(directory, part, name, row)
-        except OSError:
+        except (OSError, _Impossible):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(part, dir_fd=directory)
             return False
@@ -287,11 +289,15 @@ class Undo:
                 return
             raise
         try:
+            st = os.fstat(fd)  # before its content is looked at: what comes later is to be noticed
             if not prove(fd, row.sha256):
                 raise _Kept(f"its copy was changed in the destination; it stays as {self._copy_path(row)}")
+            expected, now = Identity.of(st), Identity.of(os.fstat(fd))
+            if st.st_nlink > 1 and now.is_same_content(expected):
+                expected = now  # its other names are being removed, too, which the mount may tell a moment late
+            self._unlink_copy(row, expected, fd)
         finally:
             os.close(fd)
-        self._unlink_copy(row)
 
     # ---- symlinks and folders
 
@@ -299,6 +305,7 @@ class Undo:
         target = os.fsdecode(row.sha256)
         directory, name = self._source_folder(row.source)
         try:
+            self._put_taken_back(directory, name, row)
             try:
                 there = os.readlink(name, dir_fd=directory)
             except FileNotFoundError:
@@ -319,11 +326,12 @@ class Undo:
             with contextlib.suppress(OSError):
                 folder = beneath(self._to.fd, above, os.O_RDONLY | os.O_DIRECTORY)
                 try:
+                    expected = Identity.of(os.stat(base, dir_fd=folder, follow_symlinks=False))
                     same = os.readlink(base, dir_fd=folder) == target
                 finally:
                     os.close(folder)
                 if same:
-                    self._unlink_copy(row)
+                    self._unlink_copy(row, expected, None)
 
     def _like_copy(self, directory: int, name: str, row: Row) -> None:
         above, _, base = row.dest.rpartition("/")
@@ -378,15 +386,29 @@ class Undo:
     def _open_there(self, row: Row) -> int:
         return beneath(self._to.fd, row.dest, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
 
-    def _unlink_copy(self, row: Row) -> None:
+    def _unlink_copy(self, row: Row, expected: Identity, fd: int | None) -> None:
+        """If it still is the very file ``expected``; ``fd``: it, open, None for a symlink. Raises ChangedSince."""
         above, _, base = row.dest.rpartition("/")
         folder = beneath(self._to.fd, above, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            st = os.stat(base, dir_fd=folder, follow_symlinks=False)
-            sources.delete(folder, base, Identity.of(st), row.token, None)
+            sources.delete(folder, base, expected, row.token, fd)
             self.report.removed += 1
         finally:
             os.close(folder)
+
+    def _put_taken_back(self, directory: int, name: str, row: Row) -> None:
+        """What an interrupted ``--undo`` had just taken aside, in the source (``directory``) or in the destination, is
+        looked at anew: it may be what somebody saved in that moment."""
+        taken = sources.taken_name(row.token)
+        with contextlib.suppress(FileNotFoundError):
+            sources.put_back(directory, taken, directory, name)
+        above, _, base = row.dest.rpartition("/")
+        with contextlib.suppress(FileNotFoundError):
+            folder = beneath(self._to.fd, above, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                sources.put_back(folder, taken, folder, base)
+            finally:
+                os.close(folder)
 
     def _copy_path(self, row: Row) -> str:
         return os.path.join(self._to.path, row.dest)
