@@ -44,12 +44,9 @@ def begin_change(shared: Shared, handle: Handle, keep_content: bool = True) -> N
         descriptor = plain.materialise(shared.store, path, handle.descriptor, write_view)
         try:
             st = os.fstat(descriptor)
-            for each in list(file.handles):
-                os.dup2(descriptor, each.descriptor, inheritable=False)
+            shared.handles.turn_plain(file, descriptor, (st.st_dev, st.st_ino))
         finally:
             os.close(descriptor)
-        shared.handles.rekey(file, (st.st_dev, st.st_ino))
-        file.view = None
 
 
 def _copy(source: int, target: int) -> None:

@@ -88,10 +88,7 @@ class Filesystem:
         return st, self.attributes.size(directory.number, name, st)
 
     def stat_handle(self, number: int) -> tuple[os.stat_result, int]:
-        handle = self.handles.get(number)
-        st = os.fstat(handle.descriptor)
-        view = handle.file.view
-        return st, st.st_size if view is None else view.size
+        return opening.shown_by(self.handles.get(number))
 
     def readlink(self, path: str) -> str:
         directory, name = self._directories.parent(visible(path))

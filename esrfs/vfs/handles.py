@@ -5,13 +5,18 @@ A handle follows the inode, not the path (editors rename files that are still op
 
 Lock order: ``Handles.changing`` (held while a blob becomes a plain file, which writes to the disk), then
 ``Handles._lock`` (dictionaries only, never held across a system call that waits).
+
+The descriptor of a handle may be closed at any moment by the program whose handle it is, and the number then be
+another file's. So who uses another one's does it within ``nothing_closed``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from esrfs.vfs.view import View
@@ -71,6 +76,7 @@ class Handles:
         self._files: dict[Key, OpenFile] = {}
         self._pages: dict[str, Pages] = {}
         self._directories: dict[int, int] = {}
+        self._left_open: list[int] | None = None  # descriptors that are still to be closed, while nothing is
 
     def __len__(self) -> int:
         return len(self._handles)
@@ -171,17 +177,60 @@ class Handles:
                 handle.pages.opens -= 1
                 if handle.pages.opens == 0:
                     handle.pages.file = None
+            if self._left_open is not None:
+                self._left_open += [each.descriptor for each in ended]
+                return handle
         for each in ended:
             os.close(each.descriptor)
         return handle
 
-    def rekey(self, file: OpenFile, key: Key) -> None:
-        """The file's content lives in another inode now."""
+    @contextlib.contextmanager
+    def nothing_closed(self) -> Iterator[None]:
+        """Under ``changing``: no handle's descriptor is closed meanwhile; those of handles that go are closed after."""
         with self._lock:
-            if self._files.get(file.key) is file:
-                del self._files[file.key]
-            file.key = key
-            self._files[key] = file
+            self._left_open = []
+        try:
+            yield
+        finally:
+            with self._lock:
+                left, self._left_open = self._left_open, None
+            for descriptor in left:
+                with contextlib.suppress(OSError):  # a program's late write error, of which its release can't tell
+                    os.close(descriptor)
+
+    def turn_plain(self, file: OpenFile, descriptor: int, key: Key) -> None:
+        """Under ``changing``: the file is a plain one from now on, the inode ``key`` that is open as ``descriptor``,
+        which stays the caller's. All its handles turn, also those that come meanwhile."""
+        turned: set[Handle] = set()
+        with self.nothing_closed():
+            while True:
+                with self._lock:
+                    left = file.handles - turned
+                    if not left:
+                        if self._files.get(file.key) is file:
+                            del self._files[file.key]
+                        self._join_files(self._files.get(key), file)
+                        file.key = key
+                        self._files[key] = file
+                        file.view = None
+                        return
+                for each in left:
+                    os.dup2(descriptor, each.descriptor, inheritable=False)
+                turned |= left
+
+    @staticmethod
+    def _join_files(other: OpenFile | None, file: OpenFile) -> None:
+        """A program opened the plain file by its name before it was known to be what ``file`` becomes."""
+        if other is None or other is file:
+            return
+        for handle in other.handles:
+            handle.file = file
+            if handle.pages is not None and handle.pages.file is other:
+                handle.pages.file = file
+        file.handles |= other.handles
+        file.path, file.removed = other.path, other.removed
+        file.changed |= other.changed
+        other.handles = set()
 
     # Whose pages the kernel holds.
 

@@ -67,8 +67,9 @@ def hide(shared: Shared, path: str) -> Hidden:
     handle = None if file is None else another(shared, file, stands_in=True)
     number = 0 if handle is None else handle.number
     try:
-        if handle is not None and handle.file.view is not None:
-            shared.nameless.copy(handle.descriptor, handle.file.view.recipe.reference)
+        view = None if handle is None else handle.file.view
+        if view is not None:  # by the view's own descriptor: the handle ends with the last program's
+            shared.nameless.copy(view.blob.number, view.recipe.reference)
         hidden = shared.removed.take(path, directory.number, name, number, st.st_nlink)
     except BaseException:
         release_hidden(shared, number)

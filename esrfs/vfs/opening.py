@@ -135,9 +135,8 @@ def _open_what_is_in_use(shared: Shared, path: str, file: OpenFile) -> Opened | 
     if handle is None:
         return None
     try:
-        st = os.fstat(handle.descriptor)
-        view = handle.file.view
-        if (st.st_size if view is None else view.size) == shown:
+        st, size = shown_by(handle)
+        if size == shown:
             return _admit(shared, handle, path, st)
     except BaseException:
         shared.handles.remove(handle.number)
@@ -262,12 +261,25 @@ def _admit(shared: Shared, handle: Handle, path: str, st: os.stat_result) -> Ope
     return Opened(handle.number, keep, direct, flushes=handle.writable and shared.errors_at_close)
 
 
-# A further handle of what is open already.
+# A further handle of what is open already, and what it shows.
+
+
+def shown_by(handle: Handle) -> tuple[os.stat_result, int]:
+    """fstat, and the size that the view shows, which are of one file also while it turns plain. Raises OSError."""
+    view = handle.file.view
+    st = os.fstat(handle.descriptor)
+    if view is None:
+        return st, st.st_size
+    if handle.file.view is not None:
+        return st, view.size
+    st = os.fstat(handle.descriptor)
+    return st, st.st_size
 
 
 def another(shared: Shared, file: OpenFile, flags: int = os.O_RDONLY, *, stands_in: bool = False) -> Handle | None:
     """A further handle of an open file, whatever its name is; None if it is not open any more. Raises OSError."""
-    with shared.handles.changing:  # what a blob's descriptors mean does not change meanwhile
+    handles = shared.handles
+    with handles.changing, handles.nothing_closed():  # what a blob's descriptors mean does not change meanwhile
         handle = next(iter(list(file.handles)), None)
         if handle is None:
             return None
@@ -276,7 +288,7 @@ def another(shared: Shared, file: OpenFile, flags: int = os.O_RDONLY, *, stands_
         else:
             descriptor = os.open(f"/proc/self/fd/{handle.descriptor}", (flags & _PASSED_TO_STORE) | os.O_CLOEXEC)
         try:
-            further = shared.handles.join(file, descriptor, is_writable(flags), stands_in=stands_in)
+            further = handles.join(file, descriptor, is_writable(flags), stands_in=stands_in)
         except BaseException:
             os.close(descriptor)
             raise

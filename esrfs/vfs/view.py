@@ -123,13 +123,13 @@ class View:
     """A blob that is open; shared by all handles of its file."""
 
     def __init__(self, blob: Descriptor, recipe: Recipe, engine: Engine, cache: ViewCache, waits: Waits) -> None:
+        self.blob = blob
         self.recipe = recipe
         self.size = recipe.original_size
         self.key = recipe.sha256_view.hex()
         self.verbatim_bytes = sum(
             len(span.data) for span in (*recipe.prefix, *recipe.suffix) if isinstance(span, Literal)
         )
-        self._blob = blob
         self._engine = engine
         self._cache = cache
         self._waits = waits
@@ -169,8 +169,8 @@ class View:
             return self._content
 
     def _load(self) -> tuple[bytes, bytes]:
-        size = os.fstat(self._blob.number).st_size
-        blob = unpack(os.pread(self._blob.number, size, 0))
+        size = os.fstat(self.blob.number).st_size
+        blob = unpack(os.pread(self.blob.number, size, 0))
         return blob.recipe_bytes, blob.avif
 
     def rebuild(self, lane: Lane, handle: int, path: str) -> Content:
