@@ -169,7 +169,7 @@ def _recipe(store: Store, path: str) -> Recipe | None:
         st = os.fstat(descriptor)
         blob = examine(store, descriptor, st)
         return None if blob is None else recipe_of(descriptor, st, blob)
-    except ValueError:
+    except (OSError, ValueError):
         return None
     finally:
         os.close(descriptor)

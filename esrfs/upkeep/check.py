@@ -78,10 +78,14 @@ def check(
         *_originals(store, deep=rebuild is not None),
         *_staging(store),
     ]
-    total = sum(1 for _ in walk.files(store))
+    total = sum(1 for _ in walk.files(store, tell=lambda left_out: None))
     files = blobs = rebuilt = 0
     needed: dict[bytes, _Needed] = {}
-    for found in walk.files(store):
+
+    def tell(one: walk.LeftOut) -> None:
+        findings.append(_left_out(one))
+
+    for found in walk.files(store, tell=tell):
         files += 1
         on_progress(files, total, found.path)
         blob, problems = _look_at(store, found.path, needed)
@@ -145,6 +149,12 @@ def _look_at(store: Store, path: str, needed: dict[bytes, _Needed]) -> tuple[con
     finally:
         os.close(descriptor)
     return _blob(store, path, data, genuine, needed)
+
+
+def _left_out(one: walk.LeftOut) -> Finding:
+    if isinstance(one.error, PermissionError):
+        return _note(one.path, "unreadable", f"{one.said}. It was not checked; its owner or root can")
+    return _damage(one.path, "unreadable", f"{one.said}. Is the disk failing? It was not checked")
 
 
 def _damage(path: str, problem: str, message: str) -> Finding:

@@ -133,5 +133,7 @@ def _is_blob(store: Store, found: walk.Found) -> bool:
         return False
     try:
         return examine(store, descriptor, os.fstat(descriptor)) is not None
+    except OSError:
+        return True  # it can't be read: that is to be said, not passed over
     finally:
         os.close(descriptor)

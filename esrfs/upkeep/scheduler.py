@@ -111,6 +111,7 @@ class Scheduler:
         self._ended_engine: set[str] = set()  # files with a verdict for that, since the engine last answered
         self._refusals = 0
         self._next_walk = 0.0
+        self._left_out: set[str] = set()  # what the last walk could not look at, as it was logged
         self._rules_stamp: Stamp = ()
         self._rules_problem = ""
         self.counts: Counter[str] = Counter()
@@ -228,13 +229,22 @@ class Scheduler:
     def _find_originals(self) -> None:
         """Queue every file that is no blob and has no verdict."""
         found = 0
-        for each in walk.files(self._store):
+        left_out: set[str] = set()
+
+        def tell(one: walk.LeftOut) -> None:
+            message = f"{os.path.join(self._store.path, one.path)}: {one.said}"
+            left_out.add(message)
+            if message not in self._left_out:  # each walk would say it again
+                log.warning("%s", message)
+
+        for each in walk.files(self._store, tell=tell):
             if self._ending:
                 return
             self._follow(each.path, each.st)
             if self._looks_open(each.path, each.st):
                 self._enqueue(each.path, each.st)
                 found += 1
+        self._left_out = left_out
         log.debug("a walk of the store found %d files to look at", found)
         self._forget_the_gone()
 

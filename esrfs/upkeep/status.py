@@ -89,6 +89,8 @@ def _look(store: Store, catalog: Catalog, found: walk.Found) -> tuple[str, int]:
             return "pending", found.st.st_size  # gone, or not ours to read
         try:
             info = examine(store, descriptor, os.fstat(descriptor))
+        except OSError:
+            return "pending", found.st.st_size  # `esrfs check` tells that it can't be read
         finally:
             os.close(descriptor)
         if info is not None:
