@@ -13,6 +13,7 @@ talks to it. No lock is held while waiting for it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -34,12 +35,16 @@ log = logging.getLogger("esrfs.cache")
 
 DEFAULT_SIZE_LIMIT = 10 * 2**30
 DEFAULT_FREE_FLOOR = 2 * 2**30
+_POLICY = "least-recently-used"
 NEW_SHARE = 0.25
 """Of the size limit, for views that were asked for once."""
 PROMOTE_AFTER_SECONDS = 30.0
 """A second request within this time is the same program still at work, no sign that the view is wanted again."""
 _MOST_VERIFIED = 100_000
 """Then all are checked once more: a mount lives for months, and what was evicted is still remembered as checked."""
+
+_ABANDONED_AFTER_SECONDS = 3600.0
+"""A file that no row names is what a killed mount was writing; a younger one may be what another mount writes now."""
 
 _TROUBLE_WITH_THE_DISK = (
     sqlite3.SQLITE_FULL,
@@ -67,6 +72,14 @@ class Hit(NamedTuple):
 
 class _RawDisk(diskcache.Disk):  # type: ignore[misc]
     """Values are raw files, keys are text. A pickle, which runs code when it is read, is neither written nor read."""
+
+    last_name: str | None = None
+    """Of the file that was begun last."""
+
+    def filename(self, key: Any = diskcache.UNKNOWN, value: Any = diskcache.UNKNOWN) -> tuple[str, str]:
+        name, path = super().filename(key, value)
+        self.last_name = name
+        return name, path
 
     def store(self, value: Any, read: bool, key: Any = diskcache.UNKNOWN) -> Any:
         if not read:
@@ -103,6 +116,8 @@ class ViewCache:
         self.hits = 0
         self.misses = 0
         self._attempt("open", self._open, None)
+        with contextlib.suppress(RuntimeError):  # no thread could be started just now
+            self._thread.submit(self._remove_abandoned)  # who wants something waits for it, the mount doesn't
 
     # Everything that touches diskcache runs in the cache's own thread.
 
@@ -111,17 +126,20 @@ class ViewCache:
         try:
             return self._thread.submit(work).result()
         except _FAILURES as error:
-            if not self._warned:
-                self._warned = True
-                log.warning(
-                    "view cache in %s: %s failed (%s); reads go on, but views may be rebuilt each time",
-                    self._directory,
-                    what,
-                    error,
-                )
+            self._warn(what, error)
         except RuntimeError:  # the executor is shut down: the mount is ending
             pass
         return otherwise
+
+    def _warn(self, what: str, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "view cache in %s: %s failed (%s); reads go on, but views may be rebuilt each time",
+                self._directory,
+                what,
+                error,
+            )
 
     def _open(self) -> None:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -136,7 +154,7 @@ class ViewCache:
             "disk": _RawDisk,
             "disk_min_file_size": 0,
             "size_limit": limit,
-            "eviction_policy": "least-recently-used",
+            "eviction_policy": _POLICY,
             "cull_limit": 0,  # we cull ourselves before writing, so that the limit is never passed
         }
         try:
@@ -152,12 +170,32 @@ class ViewCache:
                     entry.unlink()
             return diskcache.Cache(str(directory), **settings)
 
+    def _remove_abandoned(self) -> None:
+        """Remove files that no row names: they count for no limit, and nothing else would ever remove them."""
+        try:
+            for segment in (self._kept, self._new):
+                if segment is None:
+                    return
+                directory = Path(segment.directory)
+                before = time.time() - _ABANDONED_AFTER_SECONDS
+                # The files first: one that gets its row after this look is young.
+                old = {path for path in directory.rglob("*.val") if path.stat().st_mtime < before}
+                if not old:
+                    continue
+                with contextlib.closing(sqlite3.connect(directory / "cache.db")) as database:
+                    named = {directory / row[0] for row in database.execute("SELECT filename FROM Cache") if row[0]}
+                for path in old - named:
+                    path.unlink(missing_ok=True)
+                    log.info("view cache: removed %s, which was never finished", path)
+        except _FAILURES as error:  # of files that another mount removes, too: there is a next start
+            log.debug("view cache: abandoned files could not be removed (%s)", error)
+
     def _find(self, key: str) -> Hit | None:
         """The cached view, after its content was checked once in this process's life."""
         if self._kept is None:
             return None
         for segment in (self._kept, self._new):
-            reader, digest = segment.get(key, read=True, tag=True)
+            reader, digest = self._look(segment, key)
             if reader is None:
                 continue
             with reader:
@@ -170,9 +208,25 @@ class ViewCache:
                     self._note_verified(key)
                 descriptor = os.dup(reader.fileno())
             if segment is self._new and self._is_wanted_again(key):
-                self._promote(key, descriptor, digest)
+                try:
+                    self._promote(key, descriptor, digest)
+                except _FAILURES as error:  # it stays where it is, and is served from there
+                    self._note_stored(key)  # not tried at each open: a try copies what there is room for
+                    self._warn("moving a view to those that are kept longer", error)
             return Hit(descriptor, digest)
         return None
+
+    def _look(self, segment: Any, key: str) -> Any:
+        """Its file and its sha256, or None twice."""
+        try:
+            return segment.get(key, read=True, tag=True)
+        except (sqlite3.OperationalError, diskcache.Timeout):
+            # It also notes the time of use, which a full disk may not take: no reason to rebuild what is there.
+            segment.eviction_policy = "none"
+            try:
+                return segment.get(key, read=True, tag=True)
+            finally:
+                segment.eviction_policy = _POLICY
 
     def _note_verified(self, key: str) -> None:
         if len(self._verified) >= _MOST_VERIFIED:
@@ -195,8 +249,18 @@ class ViewCache:
         if not self._make_room(self._kept, size):
             return
         with io.FileIO(os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)) as source:
-            self._kept.set(key, source, read=True, tag=digest)
+            self._write(self._kept, key, source, digest)
         self._new.delete(key)
+
+    def _write(self, segment: Any, key: str, source: Any, digest: str) -> None:
+        """Add a view to a segment, or leave nothing: diskcache leaves its file when a write fails."""
+        segment.disk.last_name = None
+        try:
+            segment.set(key, source, read=True, tag=digest)
+        except BaseException:
+            if segment.disk.last_name is not None:
+                segment.disk.remove(segment.disk.last_name)
+            raise
 
     def _make_room(self, segment: Any, size: int) -> bool:
         """Evict least recently used views until ``size`` more bytes fit the limit and leave the floor free."""
@@ -219,10 +283,13 @@ class ViewCache:
         if self._new is None or not self._make_room(self._new, size):
             return None
         faults.reach("cache.put")
-        self._new.set(key, view, read=True, tag=digest)
+        self._write(self._new, key, view, digest)
         self._note_stored(key)
         self._note_verified(key)
-        with self._new.get(key, read=True) as reader:
+        reader, _ = self._look(self._new, key)
+        if reader is None:  # another mount that shares the cache made room just now
+            return None
+        with reader:
             return Hit(os.dup(reader.fileno()), digest)
 
     # What the vfs calls.

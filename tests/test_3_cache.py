@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
+import resource
 import sqlite3
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ import pytest
 from esrfs import cache as cache_module
 from esrfs import faults
 from esrfs.cache import ViewCache
+from esrfs.engine import filevalue
 
 
 def view(seed: int, size: int = 100_000) -> tuple[str, bytes]:
@@ -32,6 +37,21 @@ def cache(tmp_path: Path):
     made = ViewCache(tmp_path / "views", size_limit=4_000_000, free_floor=0)
     yield made
     made.close()
+
+
+@contextlib.contextmanager
+def no_room_for_a_view() -> Iterator[None]:
+    """Files may grow to 64 KiB only, which stands for a full disk, or a quota, that is met in the middle of a write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def values(directory: Path) -> list[Path]:
+    return sorted(directory.rglob("*.val"))
 
 
 def holds(cache: ViewCache, key: str) -> bool:
@@ -113,6 +133,88 @@ def test_a_full_disk_means_no_cache_and_one_warning(
         key, data = view(seed)
         assert read(cache.put(key, data).descriptor) == data
     assert sum(record.levelno >= logging.WARNING for record in caplog.records) == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # diskcache lets go of a file unclosed
+def test_a_view_that_can_not_be_promoted_is_served_all_the_same(
+    cache: ViewCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """With a quota that is used up, every open of it met this: nothing may pile up, nor be rebuilt."""
+    request.getfixturevalue("expect_log")("reads go on")
+    key, data = view(8)
+    os.close(cache.put(key, data).descriptor)
+    monkeypatch.setattr(cache_module, "PROMOTE_AFTER_SECONDS", -1.0)
+    before = len(os.listdir("/proc/self/fd"))
+    with no_room_for_a_view():
+        for _ in range(5):
+            hit = cache.get(key)
+            assert hit is not None
+            assert read(hit.descriptor) == data
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(values(tmp_path / "views")) == 1
+    assert holds(cache, key)
+    assert [path.parts[-4] for path in values(tmp_path / "views")] == ["kept"], "tried again, when there is room"
+
+
+def test_a_promotion_that_failed_is_not_tried_at_each_open(
+    cache: ViewCache, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Each try copies what there is room for."""
+    request.getfixturevalue("expect_log")("reads go on")
+    key, data = view(9)
+    os.close(cache.put(key, data).descriptor)
+    cache._stored_at.clear()  # as if it had been stored long ago
+    tries = []
+
+    def fail(*_: object) -> None:
+        tries.append(1)
+        raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr(cache, "_promote", fail)
+    assert holds(cache, key)
+    assert holds(cache, key)
+    assert len(tries) == 1
+
+
+@pytest.mark.parametrize("at", ["while its file is written", "when its row is written"])
+def test_a_write_that_fails_leaves_no_file(
+    cache: ViewCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    at: str,
+) -> None:
+    request.getfixturevalue("expect_log")("reads go on")
+    key, data = view(10)
+
+    def fail(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    if at == "when its row is written":
+        monkeypatch.setattr(cache._new, "_row_insert", fail)
+    value = filevalue.of_bytes(data)
+    with no_room_for_a_view() if at == "while its file is written" else contextlib.nullcontext():
+        assert read(cache.put(key, value).descriptor) == data
+    assert values(tmp_path / "views") == []
+
+
+def test_what_a_killed_mount_was_writing_is_removed_at_the_next_start(tmp_path: Path) -> None:
+    """It counts for no limit. Another mount may be writing just now."""
+    first = ViewCache(tmp_path / "views", free_floor=0)
+    key, data = view(11)
+    os.close(first.put(key, data).descriptor)
+    first.close()
+    [known] = values(tmp_path / "views")
+    left, young = known.with_name("left.val"), known.with_name("young.val")
+    for path in (left, young):
+        path.write_bytes(data[:1000])
+    for path in (left, known):
+        os.utime(path, (time.time() - 7200, time.time() - 7200))
+    again = ViewCache(tmp_path / "views", free_floor=0)
+    assert holds(again, key)
+    again.close()
+    assert young in values(tmp_path / "views")
+    assert not left.exists()
 
 
 def test_a_damaged_copy_is_dropped_not_served(tmp_path: Path, request: pytest.FixtureRequest) -> None:
