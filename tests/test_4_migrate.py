@@ -433,6 +433,84 @@ def test_hard_links_are_deleted_name_by_name(migrating: Migrating) -> None:
     assert (migrating.to / "a.jpg").stat().st_ino == (migrating.to / "b.jpg").stat().st_ino
 
 
+@pytest.fixture
+def poor(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Called with True, the destination takes no extended attributes."""
+    real = os.setxattr
+
+    def refuse(path: Any, *arguments: Any) -> None:
+        if isinstance(path, int):
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+        real(path, *arguments)
+
+    return lambda is_poor: monkeypatch.setattr(os, "setxattr", refuse if is_poor else real)
+
+
+def test_a_source_whose_copy_lacks_something_stays_in_later_runs_too(
+    migrating: Migrating, poor: Callable[[bool], None]
+) -> None:
+    path = write(migrating.source / "a.jpg")
+    os.setxattr(path, "user.xdg.tags", b"family")
+    os.link(path, migrating.source / "b.jpg")
+    poor(True)
+    for then in ("keep", "delete", "trash", "symlink"):
+        report = migrating.migrate(then)
+        assert sorted(note.path for note in report.incomplete) == ["a.jpg", "b.jpg"], then
+        assert sorted(note.path for note in report.left) == (["a.jpg", "b.jpg"] if then != "keep" else [])
+        assert all("user.xdg.tags" in note.reason for note in report.left)
+        assert os.getxattr(path, "user.xdg.tags") == b"family"
+        assert sorted(contents(migrating.source)) == ["a.jpg", "b.jpg"]
+    path.unlink()
+    assert [note.path for note in migrating.migrate("delete").left] == ["b.jpg"], "the last name, too"
+    Journal().path.unlink()
+    assert [note.path for note in migrating.migrate("delete").left] == ["b.jpg"], "though nobody knows who made it"
+    poor(False)
+    (migrating.to / "a.jpg").unlink()
+    (migrating.to / "b.jpg").unlink()
+    report = migrating.migrate("delete")
+    assert (report.copied, report.touched, report.left) == (1, 1, [])
+    assert os.getxattr(migrating.to / "b.jpg", "user.xdg.tags") == b"family"
+
+
+def test_a_file_that_lies_there_must_have_the_sources_owner_and_attributes_but_not_its_times(
+    migrating: Migrating,
+) -> None:
+    def differ(name: str, change: Callable[[Path], object]) -> None:
+        shutil.copy2(write(migrating.source / name), migrating.to / name)
+        change(migrating.source / name)
+
+    os.makedirs(migrating.to)
+    differ("time.jpg", lambda path: os.utime(path, (5, 5)))
+    differ("mode.jpg", lambda path: path.chmod(0o600))
+    differ("more there.jpg", lambda path: os.setxattr(migrating.to / path.name, "user.xdg.tags", b"family"))
+    differ("tags.jpg", lambda path: os.setxattr(path, "user.xdg.tags", b"family"))
+    stay = ["tags.jpg"]
+    if shutil.which("setfacl"):
+        differ("acl.jpg", lambda path: subprocess.run(["setfacl", "-m", "u:4321:r", str(path)], check=True))
+        stay += ["acl.jpg"]
+    if os.geteuid() == 0:
+        differ("owner.jpg", lambda path: os.chown(path, 1234, 0))
+        stay += ["owner.jpg"]
+    report = migrating.migrate("delete")
+    assert sorted(note.path for note in report.left) == sorted(contents(migrating.source)) == sorted(stay)
+    assert report.existing == 3 + len(stay)
+    assert os.getxattr(migrating.to / "more there.jpg", "user.xdg.tags") == b"family"
+
+
+def test_what_people_change_of_a_copy_is_not_taken_for_the_source(migrating: Migrating) -> None:
+    """Copied first and deleted later: what was set in the source or in the mount meanwhile is no reason to lose any."""
+    for name in ("same.jpg", "tagged there.jpg", "mode there.jpg", "new here.jpg"):
+        write(migrating.source / name)
+    migrating.migrate()
+    os.setxattr(migrating.to / "tagged there.jpg", "user.xdg.tags", b"family")
+    (migrating.to / "mode there.jpg").chmod(0o600)
+    os.utime(migrating.source / "new here.jpg", (5, 5))  # as one that was downloaded again
+    report = migrating.migrate("delete")
+    assert [(note.path, "mode 0600" in note.reason) for note in report.left] == [("mode there.jpg", True)]
+    assert sorted(contents(migrating.source)) == ["mode there.jpg"]
+    assert os.getxattr(migrating.to / "tagged there.jpg", "user.xdg.tags") == b"family"
+
+
 def test_a_file_that_is_open_for_writing_is_not_taken(migrating: Migrating) -> None:
     path = write(migrating.source / "video.mov")
     with open(path, "ab"):

@@ -56,6 +56,8 @@ class Work:
     state: Literal["begun", "written", "copied", "existing", "linked", "later", "failed", "stopped"] = "begun"
     """``written``: as a part file, not durable, not verified."""
     reason: str = ""
+    lacks: str = ""
+    """What of the source's metadata its copy lacks, for people; then the source stays."""
     source: int = -1
     copy: int = -1
     """Descriptors of the file and of its copy."""
@@ -79,8 +81,12 @@ class Work:
         return self.found.kind == "symlink" or self.found.st.st_nlink > 1
 
     def named(self, name: str) -> None:
+        self.row.dest = self.destination(name)
+
+    def destination(self, name: str) -> str:
+        """The path of ``name`` in the destination's folder."""
         above = self.row.dest.rpartition("/")[0]
-        self.row.dest = f"{above}/{name}" if above else name
+        return f"{above}/{name}" if above else name
 
     def discard(self) -> None:
         """Remove the part file. What can't be removed stays known: ``has_part``, and its row in the journal."""

@@ -97,8 +97,7 @@ class Copies:
         if work.folder.gives is None:
             work.folder.gives = copying.has_attributes(work.copy)
         row.sha256 = copying.copy(work.source, work.copy, st, self._route.throttle)
-        lacks = copying.give(work.copy, wanted, plain=not work.folder.gives)
-        work.reason = f"its copy lacks {lacks}" if lacks else ""
+        work.lacks = copying.give(work.copy, wanted, plain=not work.folder.gives) or ""
         work.state = "written"
 
     def sync(self, work: Work) -> None:
@@ -205,7 +204,8 @@ class Copies:
                 if error.errno in GONE:
                     raise
                 continue  # a symlink, or something that can't be read: not this content
-            proof = ""
+            proof = lacks = ""
+            made = False
             try:
                 there = os.fstat(fd)
                 if stat.S_ISREG(there.st_mode) and there.st_size == st.st_size:
@@ -213,17 +213,21 @@ class Copies:
                         work.row.sha256 = copying.digest_past_cache(work.source)
                         if not _unchanged(work, os.fstat(work.source)):
                             raise copying.Changed
-                    proof = prove(fd, work.row.sha256)
+                    found = prove(fd, work.row.sha256)
+                    if found:
+                        made, same = self._was_made(work, candidate, there, found)
+                        lacks = copying.lacking(copying.snapshot(work.source), copying.snapshot(fd), made=same)
+                    proof = found
             finally:
                 if not proof:
                     os.close(fd)
             if proof:
                 if work.copy >= 0:
                     os.close(work.copy)
-                work.copy, work.state, work.reason = fd, "existing", ""
+                work.copy, work.state, work.reason, work.lacks = fd, "existing", "", lacks
                 work.named(candidate)
                 work.row.verified_by = "undo window" if proof == "undo window" else "was there"
-                work.row.made = self._was_made(work, there, proof)
+                work.row.made = made
                 if proof in ("compacted", "view"):
                     work.reason = (
                         f"the destination has it as {candidate}, compacted, and its original is not in the undo window "
@@ -232,14 +236,17 @@ class Copies:
                 return True
         return False
 
-    def _was_made(self, work: Work, there: os.stat_result, proof: str) -> bool:
-        """Whether what lies in the destination came by an earlier, interrupted run of ours. In doubt it did not."""
+    def _was_made(self, work: Work, name: str, there: os.stat_result, proof: str) -> tuple[bool, bool]:
+        """Whether what lies in the destination as ``name`` came by an earlier run of ours, in doubt not; and whether of
+        the source as it is now, as far as its time tells."""
         before = self._route.journal.earlier(self._route.source, work.row.source, self._route.to.path, work.row.id)
         if before is None or before.store != self._route.to.store_id:
-            return False
+            return False, False
         if before.state != "undone":
-            return before.made and before.dest == work.row.dest and before.sha256 == work.row.sha256
-        return before.note == INTERRUPTED and proof == "read back" and there.st_ctime >= before.at - 1
+            made = before.made and before.dest == work.destination(name) and before.sha256 == work.row.sha256
+        else:
+            made = before.note == INTERRUPTED and proof == "read back" and there.st_ctime >= before.at - 1
+        return made, made and before.mtime_ns == work.found.st.st_mtime_ns
 
     def _link(self, work: Work, st: os.stat_result) -> bool:
         """Make the name a hard link to a copy of the same file under another name, if there is one."""
@@ -269,6 +276,7 @@ class Copies:
                 proof = prove(fd, row.sha256)
                 if proof not in ("read back", "undo window"):
                     continue
+                lacks = copying.lacking(copying.snapshot(work.source), copying.snapshot(fd), made=row.made)
                 above, _, other = row.dest.rpartition("/")
                 directory = beneath(to.fd, above, os.O_RDONLY | os.O_DIRECTORY)
                 try:
@@ -288,7 +296,7 @@ class Copies:
             finally:
                 if not linked:
                     os.close(fd)
-            work.copy, work.state = fd, "linked"
+            work.copy, work.state, work.lacks = fd, "linked", lacks
             work.row.verified_by = proof
             return True
         return False

@@ -12,7 +12,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from esrfs import faults
 from esrfs.store import linux, metadata
@@ -140,6 +140,20 @@ def give(target: int, wanted: Metadata, *, plain: bool = False) -> str | None:
             return None
     metadata.apply(target, wanted)
     return metadata.difference(wanted, snapshot(target))
+
+
+def lacking(wanted: Metadata, have: Metadata, *, made: bool) -> str:
+    """What of the source's metadata (``wanted``) a file in the destination lacks, for people; empty when nothing does.
+
+    What the file has beyond that is no lack. ``made``: it was made of this very source, and so had all that it could
+    take. Else somebody put it there with times and permissions of its own, which then hold; but no owner, attribute or
+    ACL may be lost with the source.
+    """
+    xattrs = {name: value for name, value in have.xattrs.items() if name in wanted.xattrs}
+    if made:
+        return metadata.difference(wanted, replace(have, xattrs=xattrs)) or ""
+    alike = replace(have, xattrs=xattrs, mode=wanted.mode, gid=wanted.gid, mtime_ns=wanted.mtime_ns)
+    return metadata.difference(wanted, alike) or ""
 
 
 def make_durable(fd: int) -> None:

@@ -52,7 +52,7 @@ class Report(msgspec.Struct, kw_only=True):
     later: list[Note] = []
     """Not taken since they are being written, or changed meanwhile: run again."""
     incomplete: list[Note] = []
-    """Copied, but for some metadata that the destination does not take; such a source is never touched."""
+    """Copied, or there before, but for some metadata of the source; such a source is never touched."""
     failed: list[Note] = []
     """Not migrated."""
 

@@ -15,15 +15,16 @@ from esrfs_daemon.report import Note, Report, in_words
 def touch(work: Work, route: Route, report: Report) -> None:
     """What was asked for is done to the source, or the reason noted why not."""
     found, row = work.found, work.row
-    if work.state == "copied" and work.reason:
-        report.incomplete.append(Note(path=found.path, reason=work.reason))
+    lacks = f"its copy {row.dest} lacks {work.lacks}" if work.lacks else ""
+    if lacks:
+        report.incomplete.append(Note(path=found.path, reason=lacks))
     if row.wanted == "keep":
         row.state = "done"
         return
     parent, _, name = found.path.rpartition("/")
     try:
-        if work.reason:
-            raise sources.Left(work.reason)
+        if work.reason or lacks:
+            raise sources.Left(work.reason or lacks)
         _still_there(work)
         directory = beneath(route.source_fd, parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
