@@ -1,5 +1,6 @@
 """The scheduler's walk of a store: what it finds, and how the catalog follows files that were moved or deleted behind
-the mount; how compaction stops for a full disk, and goes on; and what it does when a photograph ends the engine."""
+the mount; how compaction stops for a full disk, and goes on; what it does when a photograph ends the engine, or when no
+blob can get its name."""
 
 from __future__ import annotations
 
@@ -7,24 +8,29 @@ import contextlib
 import errno
 import os
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
 import pytest
 
-from esrfs.compaction.outcome import LOSSLESS, Policy
+from esrfs.blob import container
+from esrfs.compaction.outcome import LOSSLESS, Outcome, Policy, Verdict
 from esrfs.engine.client import Engine, EngineSettings
+from esrfs.store import exchange, linux
 from esrfs.store.catalog import Catalog, Entry
 from esrfs.store.identity import Identity
 from esrfs.store.initialise import init
 from esrfs.store.layout import Store, open_store
 from esrfs.upkeep import compact as compact_module
 from esrfs.upkeep import scheduler as scheduler_module
+from esrfs.upkeep import status
 from esrfs.upkeep.claims import Claims
 from esrfs.upkeep.compact import CompactionUnavailable, Workshop
 from esrfs.upkeep.explain import explain
 from esrfs.upkeep.scheduler import Scheduler
+from tests.test_3_swap import ORIGINAL, blob_bytes
 
 ExpectLog = Callable[[str], None]
 
@@ -333,3 +339,157 @@ def test_verdicts_of_before_are_no_reason_to_stop(
     put(mount.store, "3", "refuse")
     assert mount.compact()["refused"] >= 1
     assert mount.scheduler.state.startswith("stopped: the gate refused 3 pictures")
+
+
+# ---- photographs whose name can't be given to a blob
+
+
+@pytest.fixture
+def engine_runs(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by a path each time that the engine is asked for a blob, which it makes of ORIGINAL."""
+    blob = container.unpack(blob_bytes(store))
+    runs: list[str] = []
+
+    def ask(workshop: Workshop, original: object, claim: object, policy: object) -> Outcome:
+        runs.append("run")
+        return Outcome(verdict=Verdict.COMPACTED, avif=blob.avif, recipe=blob.recipe_bytes)
+
+    monkeypatch.setattr(compact_module, "_ask_engine", ask)
+    return runs
+
+
+@pytest.fixture
+def archive(store: Store) -> Path:
+    folder = Path(store.path) / "archive"
+    folder.mkdir()
+    (folder / "photo.jpg").write_bytes(ORIGINAL)
+    return folder
+
+
+@contextlib.contextmanager
+def write_protected(folder: Path) -> Iterator[None]:
+    if os.geteuid() != 0:
+        folder.chmod(0o500)
+        yield
+        folder.chmod(0o700)
+        return
+    with immutable(folder):  # root may write to all other folders
+        yield
+
+
+@contextlib.contextmanager
+def immutable(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            linux.set_immutable(descriptor, True)
+        except OSError as error:
+            pytest.skip(f"nothing can be made immutable here: {error}")
+        yield
+        linux.set_immutable(descriptor, False)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def mounted_on(folder: Path, *how: str) -> Iterator[None]:
+    if os.geteuid() != 0 or subprocess.run(["mount", *how, folder], check=False, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount")
+    try:
+        (folder / "photo.jpg").write_bytes(ORIGINAL)
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@contextlib.contextmanager
+def no_exchange(folder: Path) -> Iterator[None]:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "exchange", refuse)
+        yield
+
+
+BLOCKED = {
+    "write-protected": (write_protected, "its folder is write-protected", 0),
+    "immutable": (lambda folder: immutable(folder / "photo.jpg"), "marked immutable", 0),
+    "another disk": (lambda folder: mounted_on(folder, "-t", "tmpfs", "tmpfs"), "another filesystem", 0),
+    "the same disk, mounted": (lambda folder: mounted_on(folder, "--bind", str(folder)), "another filesystem", 0),
+    "only the exchange tells": (no_exchange, "can't be exchanged", 1),
+}
+
+
+@pytest.mark.parametrize("why", BLOCKED)
+def test_a_photograph_whose_name_no_blob_can_get_costs_no_engine_and_is_told_once(  # noqa: PLR0917
+    store: Store, catalog: Catalog, archive: Path, engine_runs: list[str], expect_log: ExpectLog,
+    caplog: pytest.LogCaptureFixture, why: str,
+) -> None:  # fmt: skip
+    expect_log("not compacted: .*tried again now and then")
+    block, said, runs = BLOCKED[why]
+    scheduler = Scheduler(Workshop(store, cast(Engine, None), catalog, Claims(), lambda: True), 0.0)
+    with block(archive):
+        waits = []
+        for turn in range(4):
+            scheduler._next_walk = 0.0
+            for _ in range(3):
+                scheduler._step()
+            waiting = scheduler._queue["archive/photo.jpg"]
+            waits.append(waiting.wait)
+            if turn == 1 and runs:
+                continue  # the walk and the wait alone let it be
+            waiting.due = 0.0
+        assert waits == ([60.0, 120.0, 120.0, 240.0] if runs else [60.0, 120.0, 240.0, 480.0])
+        assert len(engine_runs) == (3 if runs else 0)
+        assert [record.getMessage() for record in caplog.records if said in record.getMessage()] == [
+            record.getMessage() for record in caplog.records
+        ]
+        assert len(caplog.records) == 1
+        known = explain(store, catalog, "archive/photo.jpg")
+        assert known.state == "pending"
+        assert said in (known.message or "")
+        assert status.count(store, catalog).pending == 1
+        assert scheduler.still_waiting(["archive/photo.jpg"]) == 0, "nobody waits a day for it"
+        told: list[str] = []
+        scheduler.compact_now(["archive/photo.jpg"], lambda done, *_: told.append(done.message) is None)
+        assert said in told[0]
+
+
+@pytest.mark.parametrize("why", ["write-protected", "immutable"])
+def test_it_has_its_turn_when_its_folder_can_be_changed_again(  # noqa: PLR0917
+    store: Store, catalog: Catalog, archive: Path, engine_runs: list[str], expect_log: ExpectLog, why: str
+) -> None:
+    expect_log("not compacted: .*tried again now and then")
+    scheduler = Scheduler(Workshop(store, cast(Engine, None), catalog, Claims(), lambda: True), 0.0)
+    with BLOCKED[why][0](archive):
+        for _ in range(3):
+            scheduler._step()
+        assert scheduler.pending == 1
+    scheduler._next_walk = 0.0
+    for _ in range(3):
+        scheduler._step()
+    assert scheduler.counts["compacted"] == 1
+    assert scheduler.pending == 0
+    assert explain(store, catalog, "archive/photo.jpg").state == "blob"
+
+
+def test_a_file_that_the_disk_does_not_open_waits_ever_longer(
+    store: Store, catalog: Catalog, archive: Path, monkeypatch: pytest.MonkeyPatch, expect_log: ExpectLog
+) -> None:
+    expect_log("not compacted")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EUCLEAN, os.strerror(errno.EUCLEAN))
+
+    monkeypatch.setattr(compact_module, "_compact_open", fail)
+    scheduler = Scheduler(Workshop(store, cast(Engine, None), catalog, Claims(), lambda: True), 0.0)
+    waits = []
+    for _ in range(13):
+        for _ in range(2):
+            scheduler._step()
+        waits.append(scheduler._queue["archive/photo.jpg"].wait)
+        scheduler._queue["archive/photo.jpg"].due = 0.0
+    assert waits[:3] == [60.0, 120.0, 240.0]
+    assert waits[-1] == 86400.0
+    assert scheduler.state == "off"

@@ -29,7 +29,7 @@ _WORDS = {
     "refused": "refused by the gate",
     "passed_through": "passed through",
     "blob": "stored small before",
-    "left": "left for later (in use, or changing)",
+    "left": "left for later (in use, changing, or kept by its folder: see esrfs explain)",
     "failed": "failed",
     "queued": "waiting for their turn",
 }

@@ -56,12 +56,16 @@ _FIELDS = (
 )
 
 
+BLOCKED = "blocked"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """What is known about a file's present content."""
 
     state: str
-    """``original`` (looked at, not tried), ``blob``, ``refused``, ``passed_through``; the caller's words."""
+    """``original`` (looked at, not tried), ``blob``, ``refused``, ``passed_through``, ``blocked`` (no verdict: as
+    things are no blob can take its name); the caller's words."""
     reason: str = ""
     message: str = ""
     kind: str = ""

@@ -31,6 +31,7 @@ _F_OWNER_TID = 0
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_IOC_SETFLAGS = 0x40086602
 _FS_IMMUTABLE = 0x10
+_FS_APPEND = 0x20
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -102,11 +103,27 @@ def set_immutable(fd: int, on: bool) -> None:
 
 def is_immutable(fd: int) -> bool:
     """Whether the immutable flag is set; False where the filesystem has no such flags."""
+    return bool(_flags(fd) & _FS_IMMUTABLE)
+
+
+def keeps_its_name(fd: int) -> bool:
+    """Whether it is immutable or append-only: nobody can rename it, or put another file in its place."""
+    return bool(_flags(fd) & (_FS_IMMUTABLE | _FS_APPEND))
+
+
+def _flags(fd: int) -> int:
     try:
         flags: int = struct.unpack("i", fcntl.ioctl(fd, _FS_IOC_GETFLAGS, struct.pack("i", 0)))[0]
     except OSError:
-        return False
-    return bool(flags & _FS_IMMUTABLE)
+        return 0
+    return flags
+
+
+def mount_id(fd: int) -> int:
+    """Of the mount through which it was opened: no rename leads from one to another, be it of the same filesystem.
+    Raises OSError."""
+    with open(f"/proc/self/fdinfo/{fd}", encoding="utf-8") as lines:
+        return next((int(line.split()[1]) for line in lines if line.startswith("mnt_id:")), -1)
 
 
 def reserve(fd: int, length: int) -> None:

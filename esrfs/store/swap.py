@@ -27,7 +27,7 @@ from esrfs.store import exchange, ledger, linux, metadata, originals, staging
 from esrfs.store.beneath import open_parent
 from esrfs.store.exchange import TakenBack
 from esrfs.store.identity import Identity
-from esrfs.store.layout import Store, StoreConfig
+from esrfs.store.layout import RESERVED, Store, StoreConfig
 from esrfs.store.ledger import Done, Intent, Undone
 from esrfs.store.metadata import Metadata
 
@@ -95,6 +95,20 @@ def swap_mode(config: StoreConfig) -> SwapMode | None:
     if config.exclusive and probe.links:
         return SwapMode.LINK
     return None
+
+
+def folder_obstacle(store: Store, directory: int) -> str:
+    """Why no blob can take a name in this folder (a descriptor), for people; empty if nothing speaks against it.
+
+    This is known without trying, so that the engine need not work for nothing. The swap finds out the rest. Raises
+    OSError.
+    """
+    inside = os.fstat(directory).st_dev, linux.mount_id(directory)
+    if inside != (os.fstat(store.staging_fd).st_dev, linux.mount_id(store.staging_fd)):
+        return f"its folder belongs to another filesystem, mount or subvolume than {RESERVED} of the store"
+    if not os.access(".", os.W_OK | os.X_OK, dir_fd=directory, effective_ids=True):
+        return "its folder is write-protected, so no blob can take its name"
+    return ""
 
 
 class _GiveUp(Exception):  # noqa: N818

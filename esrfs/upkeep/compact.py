@@ -16,7 +16,7 @@ import re
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from esrfs import __version__, faults
 from esrfs.blob import container, reference
@@ -31,7 +31,7 @@ from esrfs.formats.kinds import COMPACTED
 from esrfs.networks import registry
 from esrfs.store import linux, swap
 from esrfs.store.beneath import open_parent
-from esrfs.store.catalog import Catalog, Entry
+from esrfs.store.catalog import BLOCKED, Catalog, Entry
 from esrfs.store.errors import StoreError
 from esrfs.store.examine import BlobInfo, examine, recipe_of
 from esrfs.store.identity import Identity
@@ -75,6 +75,8 @@ class Done:
     stored_bytes: int = 0
     tried: bool = False
     """This comes of what the engine has just said (or that it ended); else it was known before, or seen without."""
+    blocked_by: Literal["", "file", "folder"] = ""
+    """Left for a reason that stays until somebody does something about the file, or about its folder."""
 
 
 class CompactionUnavailable(Exception):  # noqa: N818 (a state of the store rather than an error)
@@ -119,7 +121,11 @@ class Workshop:
         known = self.catalog.get(identity)
         if known is not None and known.reason == Reason.ENGINE_ENDED:
             return known.choice != __version__
-        return known is None or bool(known.choice and known.choice != self.rules.decide(path).choice)
+        return (
+            known is None
+            or known.state == BLOCKED
+            or bool(known.choice and known.choice != self.rules.decide(path).choice)
+        )
 
 
 def compact(workshop: Workshop, path: str, *, again: bool = False) -> Done:
@@ -135,11 +141,11 @@ def compact(workshop: Workshop, path: str, *, again: bool = False) -> Done:
         except FileNotFoundError:
             return Done(path, "left", message="it is gone")
         except PermissionError:
-            return Done(path, "left", message="it may not be read")
-    try:
-        return _compact_open(workshop, path, name, descriptor, again)
-    finally:
-        os.close(descriptor)
+            return Done(path, "left", message="it may not be read", blocked_by="file")
+        try:
+            return _compact_open(workshop, path, descriptor, directory=directory, name=name, again=again)
+        finally:
+            os.close(descriptor)
 
 
 def acquit(workshop: Workshop, path: str) -> None:
@@ -152,7 +158,7 @@ def acquit(workshop: Workshop, path: str) -> None:
             workshop.catalog.forget(identity)
 
 
-def _compact_open(workshop: Workshop, path: str, name: str, descriptor: int, again: bool) -> Done:
+def _compact_open(workshop: Workshop, path: str, descriptor: int, *, directory: int, name: str, again: bool) -> Done:
     st = os.fstat(descriptor)
     if not stat.S_ISREG(st.st_mode):
         return Done(path, "left", message="it is no regular file")
@@ -182,6 +188,13 @@ def _compact_open(workshop: Workshop, path: str, name: str, descriptor: int, aga
         log.warning("%s: esrfs ended while this was compacted, more than once; it stays as it is", path)
         workshop.catalog.set_ends(identity, 0)
         return _remember(workshop, path, st, _ended_with_it("esrfs"), __version__)
+    obstacle = swap.folder_obstacle(workshop.store, directory)
+    if obstacle:
+        return _remember_blocked(workshop, path, st, obstacle, "folder")
+    if linux.keeps_its_name(descriptor):
+        return _remember_blocked(
+            workshop, path, st, "it is marked immutable or append-only (lsattr), so no blob can take its name", "file"
+        )
     try:
         with linux.read_lease(descriptor):
             pass
@@ -189,7 +202,7 @@ def _compact_open(workshop: Workshop, path: str, name: str, descriptor: int, aga
         return Done(path, "left", message="a program has it open for writing")
     except linux.LeasesUnavailable:
         if not workshop.store.config.exclusive:
-            return Done(path, "left", message="no lease is granted on it")
+            return _remember_blocked(workshop, path, st, "no lease is granted on it", "file")
     claim = workshop.claims.take((st.st_dev, st.st_ino))
     if claim is None:
         return Done(path, "left", message="it is in use")
@@ -317,6 +330,8 @@ def _apply(
             return _remember(workshop, path, st, _refusal(Reason.METADATA, result.message))
         case SwapStatus.HARD_LINKS:
             return _remember(workshop, path, st, _refusal(Reason.HARD_LINKS, result.message))
+        case SwapStatus.UNAVAILABLE:
+            return _remember_blocked(workshop, path, st, result.message, "file")
         case _:
             return Done(path, "left", message=result.message)
 
@@ -406,6 +421,18 @@ def _remember(workshop: Workshop, path: str, st: os.stat_result, outcome: Outcom
         ),
     )
     return Done(path, outcome.verdict.value, reason, outcome.message, st.st_size, st.st_blocks * 512)
+
+
+def _remember_blocked(
+    workshop: Workshop, path: str, st: os.stat_result, why: str, by: Literal["file", "folder"]
+) -> Done:
+    identity = Identity.from_stat(st)
+    known = workshop.catalog.get(identity)
+    if known is None or (known.state, known.message, known.path) != (BLOCKED, why, path):
+        stored = st.st_blocks * 512
+        entry = Entry(state=BLOCKED, message=why, view_size=st.st_size, stored_bytes=stored, path=path)
+        workshop.catalog.put(identity, entry)
+    return Done(path, "left", message=why, blocked_by=by)
 
 
 def _remember_blob(workshop: Workshop, path: str, outcome: Outcome, original_bytes: int, result: SwapResult) -> Done:

@@ -16,7 +16,7 @@ from esrfs.blob.recipe import Coding, JpegCoding, kind_of
 from esrfs.compaction.outcome import Reason
 from esrfs.formats.identify import HEAD_BYTES, identify
 from esrfs.store.beneath import beneath
-from esrfs.store.catalog import Catalog
+from esrfs.store.catalog import BLOCKED, Catalog
 from esrfs.store.examine import BlobInfo, examine, recipe_of
 from esrfs.store.identity import Identity
 from esrfs.store.layout import Store
@@ -118,6 +118,8 @@ def explain_open(store: Store, catalog: Catalog, path: str, descriptor: int) -> 
             "height": entry.height or None,
             "quality": None if entry.score is None else Quality(ssimulacra2=entry.score),
         }
+    elif entry is not None and entry.state == BLOCKED:
+        known = {"message": f"it waits: {entry.message}"}
     return Explanation(
         path=path,
         state=state,

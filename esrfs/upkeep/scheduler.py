@@ -1,5 +1,8 @@
 """Which file is compacted when: files at rest, one after the other, by one compactor for each store.
 
+A photograph whose name no blob can get (a write-protected folder, another disk) is tried again ever more seldom, and as
+soon as a walk sees that its folder allows it.
+
 A file is at rest when its identity has not changed for the quiet time, by the monotonic clock, and no handle is open.
 The vfs tells what changed through this mount; a walk at the start and from time to time finds the rest. ``pause`` is
 a file in the store, so it holds for every mount of it.
@@ -31,7 +34,7 @@ from dataclasses import dataclass
 from esrfs.compaction.outcome import Reason, Verdict
 from esrfs.engine.client import EngineError
 from esrfs.networks.registry import WeightsError
-from esrfs.store import linux, staging
+from esrfs.store import linux, staging, swap
 from esrfs.store.beneath import open_parent
 from esrfs.store.errors import StoreError
 from esrfs.store.identity import Identity
@@ -46,6 +49,9 @@ PAUSED = "paused"
 """Name of the file in ``.esrfs/`` that stops compaction on every mount."""
 _WALK_SECONDS = 900.0
 _RETRY_SECONDS = 60.0
+_LONGEST_WAIT_SECONDS = 86400.0
+"""Of a file that is blocked, or that the disk doesn't give: each time that it is tried in vain it waits twice as long,
+from ``_RETRY_SECONDS`` up to this."""
 _TICK_SECONDS = 0.5
 _ENGINE_FAILURES = 3
 _REFUSALS_IN_A_ROW = 300
@@ -87,6 +93,10 @@ class _Waiting:
     """Since when the quiet time counts; None for what changed through this mount, which is told of each change."""
     due: float
     """On the monotonic clock."""
+    wait: float = 0.0
+    """How long it waits since it was last tried in vain for a reason that stays; 0 if there is none."""
+    obstacle: str = ""
+    """That reason, if it is its folder's (``swap.folder_obstacle``)."""
 
 
 class Scheduler:
@@ -112,6 +122,7 @@ class Scheduler:
         self._refusals = 0
         self._next_walk = 0.0
         self._left_out: set[str] = set()  # what the last walk could not look at, as it was logged
+        self._told: set[tuple[str, str]] = set()  # folders and reasons for which a file of theirs is blocked
         self._rules_stamp: Stamp = ()
         self._rules_problem = ""
         self.counts: Counter[str] = Counter()
@@ -243,6 +254,7 @@ class Scheduler:
             self._follow(each.path, each.st)
             if self._looks_open(each.path, each.st):
                 self._enqueue(each.path, each.st)
+                self._unblock(each)
                 found += 1
         self._left_out = left_out
         log.debug("a walk of the store found %d files to look at", found)
@@ -291,6 +303,16 @@ class Scheduler:
             if waiting is None or waiting.identity != identity:
                 self._queue[path] = _Waiting(identity, time.monotonic() + self._quiet)
 
+    def _unblock(self, found: walk.Found) -> None:
+        """A file that waits long because of its folder has its turn as soon as the folder allows it."""
+        with self._changed:
+            waiting = self._queue.get(found.path)
+        if waiting is None or not waiting.obstacle:
+            return
+        with contextlib.suppress(OSError):
+            if swap.folder_obstacle(self._store, found.directory) != waiting.obstacle:
+                waiting.due = 0.0
+
     def _take_turn(self, path: str, waiting: _Waiting) -> None:
         """The file's quiet time is over: if nothing changed meanwhile, it is compacted."""
         try:
@@ -308,12 +330,18 @@ class Scheduler:
             self._enqueue(path, st)
             return
         done = self._compact(path, again=False)
-        if done is None or done.state == "left":
-            with self._changed:
-                if self._queue.get(path) is waiting:
-                    waiting.due = time.monotonic() + max(self._quiet, 1.0 if done else _RETRY_SECONDS)
-        else:
+        if done is not None and done.state not in ("left", "failed"):
             self._drop(path, waiting)
+            return
+        soon = max(self._quiet, 1.0 if done else _RETRY_SECONDS)
+        if done is not None and done.blocked_by:
+            waiting.wait = min(max(2 * waiting.wait, self._quiet, _RETRY_SECONDS), _LONGEST_WAIT_SECONDS)
+            waiting.obstacle = done.message if done.blocked_by == "folder" else ""
+        else:
+            waiting.wait, waiting.obstacle = 0.0, ""
+        with self._changed:
+            if self._queue.get(path) is waiting:
+                waiting.due = time.monotonic() + (waiting.wait or soon)
 
     def _drop(self, path: str, waiting: _Waiting) -> None:
         with self._changed:
@@ -336,7 +364,9 @@ class Scheduler:
                 return None
             except OSError as error:
                 self._disk_failed(path, error)
-                return None
+                if self._stopped_because:
+                    return None
+                return Done(path, "failed", message=error.strerror or str(error), blocked_by="file")
             except (StoreError, WeightsError) as error:
                 self._stop(str(error))
                 return None
@@ -352,9 +382,21 @@ class Scheduler:
             self._room_wait = 0.0
         with self._changed:
             self.counts[done.state] += 1
+        if done.blocked_by:
+            self._tell_blocked(done)
         if done.state != "left":
             log.info("%s: %s%s", path, done.state, f" ({done.message})" if done.message else "")
         return done
+
+    def _tell_blocked(self, done: Done) -> None:
+        folder = os.path.dirname(done.path)
+        if (folder, done.message) not in self._told:
+            self._told.add((folder, done.message))
+            log.warning(
+                "%s: not compacted: %s. It is tried again now and then; others of its folder are not named for that.",
+                done.path,
+                done.message,
+            )
 
     def _has_room(self) -> bool:
         if _is_free(self._store, 1):
@@ -430,16 +472,17 @@ class Scheduler:
         with self._changed:
             for path, _ in found:
                 if now and path in self._queue:
-                    self._queue[path].due = 0.0
+                    self._queue[path].due = self._queue[path].wait = 0.0
             self._changed.notify()
         return [path for path, _ in found]
 
     def still_waiting(self, paths: Sequence[str]) -> int:
-        """How many of ``paths`` wait for their turn; 0 while nothing runs that could come to them."""
+        """How many of ``paths`` wait for their turn; 0 while nothing runs that could come to them. Those that were
+        tried in vain, and are not likely to be better off soon, don't count."""
         if self.state != "running":
             return 0
         with self._changed:
-            return sum(path in self._queue for path in paths)
+            return sum(path in self._queue and not self._queue[path].wait for path in paths)
 
     def compact_now(self, paths: Sequence[str], emit: Emit) -> Counter[str]:
         """Compact what is at and below ``paths``, without the quiet time; how many files came to each state.
