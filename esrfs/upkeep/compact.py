@@ -39,6 +39,7 @@ from esrfs.store.layout import Store
 from esrfs.store.rules import Rules
 from esrfs.store.swap import SwapResult, SwapStatus
 from esrfs.upkeep import homecoming
+from esrfs.upkeep.asked_back import AskedBack
 from esrfs.upkeep.claims import Claim, Claims
 
 log = logging.getLogger("esrfs.upkeep")
@@ -57,6 +58,7 @@ _LARGEST = 1 << 30
 _POLL_SECONDS = 0.1
 _ENDS = 2
 """So often may the engine, or the mount with it, end with a file in its hands; then the file is left alone."""
+BROUGHT_BACK = "it was brought back from the undo window"
 _Answer = TypeVar("_Answer")
 _SETTLED = (Verdict.REFUSED, Verdict.PASSED_THROUGH, "original")
 """States in the catalog that stand until somebody names the file; ``original``: brought back from the undo window."""
@@ -64,8 +66,8 @@ _SETTLED = (Verdict.REFUSED, Verdict.PASSED_THROUGH, "original")
 
 @dataclass(frozen=True)
 class Done:
-    """What became of one file. ``state``: compacted, refused, passed_through, blob (already), or left: it was busy, or
-    changed meanwhile, and is worth another try later."""
+    """What became of one file. ``state``: compacted, refused, passed_through, blob (already), original (asked back), or
+    left: it was busy, or changed meanwhile, and is worth another try later."""
 
     path: str
     state: str
@@ -109,6 +111,10 @@ class Workshop:
     catalog: Catalog
     claims: Claims
     lease_held: Callable[[], bool]
+
+    @functools.cached_property
+    def asked_back(self) -> AskedBack:
+        return AskedBack(self.store)
 
     @functools.cached_property
     def rules(self) -> Rules:
@@ -207,7 +213,7 @@ def _compact_open(workshop: Workshop, path: str, descriptor: int, *, directory: 
     if claim is None:
         return Done(path, "left", message="it is in use")
     try:
-        return _compact_claimed(workshop, path, descriptor, st, claim, policy=policy)
+        return _compact_claimed(workshop, path, descriptor, st, claim, policy=policy, again=again)
     finally:
         workshop.claims.end(claim)
 
@@ -242,13 +248,15 @@ def _as_it_is(reason: Reason, message: str, kind: str = "") -> Outcome:
 
 
 def _compact_claimed(
-    workshop: Workshop, path: str, descriptor: int, st: os.stat_result, claim: Claim, *, policy: Policy
+    workshop: Workshop, path: str, descriptor: int, st: os.stat_result, claim: Claim, *, policy: Policy, again: bool
 ) -> Done:
     identity = Identity.from_stat(st)
     sha256 = _digest(descriptor, st.st_size)
     if sha256 is None or Identity.from_stat(os.fstat(descriptor)) != identity:
         return Done(path, "left", message="it changed while it was read")
     faults.reach("compact.read")
+    if not again and workshop.asked_back.holds(sha256):
+        return _remember_original(workshop, path, st)
     known = homecoming.recognise(workshop.store, workshop.catalog, descriptor, st.st_size)
     if known is not None and known.trusted:
         return _apply(workshop, path, descriptor, st, known.outcome, claim=claim, policy=policy, sha256=sha256)
@@ -421,6 +429,13 @@ def _remember(workshop: Workshop, path: str, st: os.stat_result, outcome: Outcom
         ),
     )
     return Done(path, outcome.verdict.value, reason, outcome.message, st.st_size, st.st_blocks * 512)
+
+
+def _remember_original(workshop: Workshop, path: str, st: os.stat_result) -> Done:
+    stored = st.st_blocks * 512
+    entry = Entry(state="original", message=BROUGHT_BACK, view_size=st.st_size, stored_bytes=stored, path=path)
+    workshop.catalog.put(Identity.from_stat(st), entry)
+    return Done(path, entry.state, "", entry.message, st.st_size, stored)
 
 
 def _remember_blocked(

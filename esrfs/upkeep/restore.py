@@ -20,6 +20,7 @@ from esrfs.store.identity import Identity
 from esrfs.store.layout import Store
 from esrfs.upkeep import undo, walk
 from esrfs.upkeep.claims import Claims
+from esrfs.upkeep.compact import BROUGHT_BACK
 
 log = logging.getLogger("esrfs.upkeep")
 
@@ -44,10 +45,10 @@ def restore(
     """Bring back the original of each compacted file at and below ``paths``; one result for each.
 
     A path that names a file which is not compacted fails; below a folder such files are no result. What was brought
-    back is left alone by compaction until somebody asks for it by name (catalog state ``original``). ``claims``: the
-    mount's; a file that is open there fails. ``first``: of photographs that programs have rewritten since (captions,
-    ratings), what was there before, where the window has it. Trouble with one file does not keep the others from
-    being tried. Raises OSError for a path that does not exist."""
+    back is left alone by compaction until somebody asks for it by name (catalog state ``original``; where that is
+    lost, ``asked_back`` knows). ``claims``: the mount's; a file that is open there fails. ``first``: of photographs
+    that programs have rewritten since (captions, ratings), what was there before, where the window has it. Trouble
+    with one file does not keep the others from being tried. Raises OSError for a path that does not exist."""
     claims = claims or Claims()
     named = set(paths)
     wanted = [found.path for found in walk.files(store, paths) if found.path in named or _is_blob(store, found)]
@@ -69,7 +70,7 @@ def restore(
                 os.close(descriptor)
             known = Entry(
                 state="original",
-                message="it was brought back from the undo window",
+                message=BROUGHT_BACK,
                 view_size=st.st_size,
                 stored_bytes=st.st_blocks * 512,
                 path=path,

@@ -271,7 +271,7 @@ class Scheduler:
 
     def _forget_the_gone(self) -> None:
         """Drop from the catalog what no name leads to any more. What somebody brought back from the undo window stays:
-        a file that is being renamed just now must not be compacted again for that."""
+        a file that is being renamed just now must not be read and hashed again for that (see ``asked_back``)."""
         catalog = self._workshop.catalog
         for identity, entry in catalog.entries():
             if self._ending:
