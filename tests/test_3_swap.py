@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,12 +25,13 @@ from msgspec import structs
 from esrfs import faults
 from esrfs.blob import container
 from esrfs.blob import recipe as recipe_format
-from esrfs.store import ledger, linux, metadata, originals, plain, recovery, staging, swap
+from esrfs.store import layout, ledger, linux, metadata, originals, plain, recovery, staging, swap
 from esrfs.store.errors import StoreError
 from esrfs.store.identity import Identity
 from esrfs.store.initialise import init
 from esrfs.store.layout import RESERVED, Store, open_store
 from esrfs.store.swap import SwapStatus
+from esrfs.upkeep import check
 
 ORIGINAL = b"\xff\xd8\xff\xe0" + bytes(range(256)) * 300
 VIEW = b"\xff\xd8\xff\xe1" + bytes(reversed(range(256))) * 300
@@ -893,6 +895,77 @@ def test_a_crash_while_materialising_leaves_blob_or_view(place, what, point):
     if point != "plain.in_place.chunk":
         assert report.found == []
     assert place.kept() == [ORIGINAL]
+
+
+@pytest.fixture
+def another_host(place, monkeypatch):
+    """``another_host()``: the store as it is seen from a machine with another name."""
+    with ExitStack() as opened:
+
+        def look() -> Place:
+            monkeypatch.setattr(layout.socket, "gethostname", lambda: "another")
+            store = opened.enter_context(open_store(str(place.root)))
+            monkeypatch.undo()
+            return Place(place.root, store, place.blob)
+
+        yield look
+
+
+@pytest.mark.parametrize("point", ["swap.exchanged", "swap.looked", "swap.directories_synced"])
+def test_an_original_in_the_hands_of_a_machine_that_is_gone_comes_back(place, another_host, point):
+    """Its step is not ended: that machine may live. What it holds is only read, so when it comes back all is well."""
+    run_killed(place, "swap", point, place.blob)
+    there = another_host()
+    report = recovery.recover(there.store)
+    assert (report.finished, report.undone, report.found, report.problems) == ([], [], [], [])
+    assert place.file.read_bytes() == place.blob
+    (held,) = staging.entries(place.store)
+    (finding,) = check.check(there.store).findings
+    assert finding.problem == "unfinished"
+    assert f"{RESERVED}/staging/{place.store.host}/{held.name}" in finding.message
+    assert "sub/photo.jpg" in finding.message
+    assert "esrfs restore" in finding.message
+    os.close(plain.restore(there.store, "sub/photo.jpg"))
+    assert place.file.read_bytes() == ORIGINAL
+    assert [one.name for one in staging.entries(place.store)] == [held.name]
+    os.unlink(place.file)
+    there.store.close()
+    assert recovery.recover(place.store).problems == []
+    assert not place.file.exists()
+    assert place.kept() == [ORIGINAL]
+    assert place.staged() == []
+
+
+def test_an_original_that_rotted_in_such_hands_is_not_brought_back_and_its_place_is_told(
+    place, another_host, expect_log
+):
+    expect_log("is not what it was")
+    run_killed(place, "swap", "swap.exchanged", place.blob)
+    (held,) = staging.entries(place.store)
+    where = f"{RESERVED}/staging/{place.store.host}/{held.name}"
+    (place.root / where).write_bytes(ORIGINAL[:-1] + b"X")
+    there = another_host()
+    with pytest.raises(StoreError, match=where):
+        plain.restore(there.store, "sub/photo.jpg")
+    assert place.file.read_bytes() == place.blob
+    os.unlink(place.root / where)
+    with pytest.raises(StoreError, match="left the undo window"):
+        plain.restore(there.store, "sub/photo.jpg")
+
+
+def test_a_blob_that_a_machine_that_is_gone_left_half_overwritten_is_named_with_its_complete_copy(place, another_host):
+    place.put_blob()
+    run_torn(place, 0, 64)
+    (held,) = staging.entries(place.store)
+    there = another_host()
+    unfinished = [one for one in check.check(there.store).findings if one.problem == "unfinished"]
+    assert len(unfinished) == 1
+    where = f"{RESERVED}/staging/{place.store.host}/{held.name}"
+    assert where in unfinished[0].message
+    assert (place.root / where).read_bytes() == VIEW
+    there.store.close()
+    recover_twice(place)
+    assert place.file.read_bytes() == VIEW
 
 
 TORN = """

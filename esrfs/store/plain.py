@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from esrfs import faults
 from esrfs.blob.recipe import Recipe
-from esrfs.store import exchange, ledger, linux, metadata, originals, staging
+from esrfs.store import exchange, ledger, linux, metadata, originals, staging, unfinished
 from esrfs.store.beneath import beneath, open_parent
 from esrfs.store.errors import Problem, StoreError
 from esrfs.store.examine import examine, recipe_of
@@ -287,8 +287,9 @@ def restore(store: Store, path: str, choose: Callable[[Recipe], bytes] = lambda 
     """Bring the original of the blob at ``path`` back, bit for bit; returns a descriptor (O_RDWR) of it, the caller's.
     ``choose``: the sha256 of the one that is meant; of the file that the blob was made of, if nothing is said.
 
-    The file keeps its present mtime, mode, owner and xattrs. The undo window keeps its copy for its time. Raises
-    StoreError when this is no blob, or its original is not in the window any more (or not what it was); OSError.
+    The file keeps its present mtime, mode, owner and xattrs. The undo window keeps its copy for its time. An original
+    that another machine's interrupted step holds is read from there, and stays there. Raises StoreError when this is no
+    blob, or its original is not to be had any more (or not what it was); OSError.
     """
     try:
         blob_fd = beneath(store.root_fd, path, os.O_RDONLY | os.O_NONBLOCK)
@@ -327,4 +328,22 @@ def _original(store: Store, path: str, sha256: bytes) -> int | None:
             return originals.open_verified(store, kept)
         except (OSError, ValueError) as error:
             _log.warning("%s: original %s: %s", path, kept.name, error)
+    useless = ""
+    for one in unfinished.holding_original(store, sha256):
+        try:
+            fd = unfinished.open_held(store, one)
+            with _closing_on_error(fd):
+                if originals.sha256_of(fd) == sha256:
+                    return fd
+            os.close(fd)
+            useless = f"{one.held}, and is not what it was"
+        except FileNotFoundError:
+            continue  # its own machine has just ended it
+        except OSError as error:
+            useless = f"{one.held}, and can't be read ({error.strerror})"
+    if useless:
+        raise StoreError(
+            f"{path}: a step that was interrupted holds its original. It lies in {useless}. Nothing was changed.",
+            Problem.NOT_FOUND,
+        )
     return None

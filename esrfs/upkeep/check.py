@@ -27,6 +27,7 @@ from esrfs.store.errors import StoreError
 from esrfs.store.examine import is_damaged, may_be_blob
 from esrfs.store.layout import NETWORKS, ORIGINALS, RESERVED, Store
 from esrfs.store.ledger import Purged, ToPlain
+from esrfs.store.unfinished import Unfinished
 from esrfs.upkeep import networks, walk
 
 Severity = Literal["damage", "note"]
@@ -291,11 +292,14 @@ def _ledgers(store: Store) -> Iterator[Finding]:
         where = f"{RESERVED}/ledger/{name}"
         if reading.damaged:
             yield _damage(where, "ledger_damaged", f"{reading.damaged} lines of it don't fit their checksums")
-        if ledger.pending(reading.records) and not _writer_lives(store, name):
-            here = os.path.basename(name).startswith(f"{store.host}-")
-            on = "" if here else " on the machine where that happened (it is not this one)"
-            message = f"a step was interrupted; mounting the store{on} finishes it or takes it back"
-            yield _note(where, "unfinished", message)
+        pending = ledger.pending(reading.records)
+        if pending and not _writer_lives(store, name):
+            host = os.path.basename(name).partition("-")[0]
+            if host == store.host:
+                message = "a step was interrupted; mounting the store finishes it or takes it back"
+                yield _note(where, "unfinished", message)
+            else:
+                yield from (_note(where, "unfinished", _elsewhere(Unfinished(host, step))) for step in pending)
         for record in reading.records:
             if isinstance(record, ledger.Intent):
                 steps.append(record)
@@ -313,6 +317,18 @@ def _ledgers(store: Store) -> Iterator[Finding]:
                 "original_missing",
                 f"the original of {ledger.unquote(step.path)} left the undo window, and not by esrfs",
             )
+
+
+def _elsewhere(one: Unfinished) -> str:
+    path = ledger.unquote(one.step.path) or "a file"
+    if isinstance(one.step, ledger.Intent):
+        rest = f"its original may lie in {one.held}; `esrfs restore` brings it back from there, on any machine"
+    else:
+        rest = f"what belongs under its name may lie, complete, in {one.held}; copy it from there if {path} is damaged"
+    return (
+        f"a step for {path} was interrupted on another machine, or on this one when it had another name. Mounting the "
+        f"store there ends it. Until then, and if that machine is gone, {rest}"
+    )
 
 
 def readings(store: Store) -> Iterator[tuple[str, ledger.Reading]]:
