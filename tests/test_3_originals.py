@@ -15,6 +15,7 @@ from esrfs.store import ledger, originals
 from esrfs.store.initialise import init
 from esrfs.store.layout import RESERVED, open_store
 from esrfs.store.originals import FLOOR_DAYS
+from esrfs.upkeep import check
 
 
 @pytest.fixture
@@ -140,6 +141,26 @@ def test_an_original_that_is_open_for_writing_waits(store):
         if store.config.probe.leases:
             assert originals.purge(store).names == []
     assert len(originals.purge(store).names) == 1
+
+
+@pytest.mark.parametrize("call", ["open", "stat"])
+def test_an_original_that_the_disk_does_not_give_keeps_no_other_from_going(store, monkeypatch, call):
+    live(store, 1)
+    paths = [keep(store, content) for content in (b"one", b"two", b"three")]
+    live(store, 11, start=1)
+    lost = sorted(os.path.basename(path) for path in paths)[0]
+    really = getattr(os, call)
+
+    def fail(name, *args, **more):
+        if name == lost and more.get("dir_fd") == store.originals_fd:
+            raise OSError(errno.EUCLEAN, os.strerror(errno.EUCLEAN), name)
+        return really(name, *args, **more)
+
+    monkeypatch.setattr(os, call, fail)
+    findings = [(one.severity, one.path, one.problem) for one in check.check(store, lambda *_: None).findings]
+    assert findings == [("damage", f"{RESERVED}/originals/{lost}", "unreadable")]
+    assert len(originals.purge(store).names) == 2
+    assert [os.path.basename(path) for path in paths if os.path.lexists(path)] == [lost]
 
 
 def test_what_is_still_a_file_of_the_view_is_not_purged(store):

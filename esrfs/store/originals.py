@@ -149,12 +149,17 @@ def _purge_one(store: Store, kept: Kept, why: str) -> int | None:
     """Bytes freed; -1 for "not now"; None for a file that changed."""
     try:
         fd = os.open(kept.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=store.originals_fd)
-    except (FileNotFoundError, PermissionError):
-        return -1
+    except OSError:
+        return (
+            -1
+        )  # gone, not ours, or the disk doesn't give it, which `esrfs check` tells; others are to go all the same
     try:
-        st = os.fstat(fd)
-        if not stat.S_ISREG(st.st_mode) or is_changed(store, kept):
-            return None
+        try:
+            st = os.fstat(fd)
+            if not stat.S_ISREG(st.st_mode) or is_changed(store, kept):
+                return None
+        except OSError:
+            return -1
         if st.st_nlink != 1:
             return -1  # an unfinished step of an exclusive store: it is still the file in the view
         with contextlib.ExitStack() as stack:

@@ -369,14 +369,19 @@ def _writer_lives(store: Store, name: str) -> bool:
 def _originals(store: Store, *, deep: bool) -> Iterator[Finding]:
     for kept in sorted(originals.entries(store), key=lambda kept: kept.name):
         where = f"{RESERVED}/{ORIGINALS}/{kept.name}"
-        with contextlib.suppress(FileNotFoundError):
+        try:
             if originals.is_changed(store, kept):
                 yield _note(where, "original_changed", "a program wrote to it after compaction; it will not be purged")
             elif deep:
-                try:
-                    os.close(originals.open_verified(store, kept))
-                except ValueError:
-                    yield _damage(where, "original_damaged", "its content is not what was put there")
+                os.close(originals.open_verified(store, kept))
+        except FileNotFoundError:
+            continue
+        except PermissionError as error:
+            yield _note(where, "unreadable", f"it can't be opened: {error.strerror}. Its owner or root can")
+        except OSError as error:
+            yield _damage(where, "unreadable", f"reading it fails: {error.strerror}; while it is so it is not purged")
+        except ValueError:
+            yield _damage(where, "original_damaged", "its content is not what was put there")
     for name in originals.found(store):
         yield _note(
             f"{RESERVED}/{ORIGINALS}/{name}",
