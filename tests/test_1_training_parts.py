@@ -14,12 +14,13 @@ from PIL import Image
 from ssimulacra2 import compute_ssimulacra2
 
 from esrfs.cli.main import run
-from esrfs.metrics import differentiable
+from esrfs.metrics import colour, differentiable
 from esrfs.metrics.ssimulacra2 import Reference
 from esrfs.networks import architectures, loading, registry
 from esrfs.networks import spec as specs
 from esrfs.networks.interpolation import interpolate
-from esrfs.train import discriminators, features, real_esrgan, settings
+from esrfs.train import colour as colour_loss
+from esrfs.train import discriminators, features, growth, real_esrgan, settings
 from esrfs.train.settings import TrainingError
 from tests.conftest import photograph
 
@@ -72,6 +73,7 @@ def test_settings_are_read() -> None:
         ("average = 1.0", "never learn"),
         ("rate = 0.5", "only a shrinker"),
         ("patch = 15\nfeatures = 1.0", "32 pixels"),
+        ("patch = 7\ncolour = 0.1", "16 pixels"),
         ("warm_up = -1", "warm_up can't be negative"),
         ("discriminator_width = 0", "width below 1"),
         ("steps = ", "line"),
@@ -94,6 +96,12 @@ def test_settings_that_contradict_themselves_are_refused_in_words(change: str, m
 def test_networks_that_can_not_be_built_or_named(old: str, new: str, message: str) -> None:
     with pytest.raises(TrainingError, match=f"the settings: .*{message}"):
         settings.parse(TEXT.replace(old, new))
+
+
+def test_photographs_are_not_enlarged_without_end() -> None:
+    for factor in (0.5, 9.0):
+        with pytest.raises(TrainingError, match="enlarged by 1 to 4"):
+            settings.parse(TEXT.replace('type = "store"', f'type = "store", enlarged = {factor}'))
 
 
 def test_settings_by_name(tmp_path: Path) -> None:
@@ -121,6 +129,7 @@ def test_what_a_training_can_not_do_every_0_steps_is_refused(change: str) -> Non
         ("versions = 2", "versions = 0", "one coded version"),
         ("rate = 0.55", "", "nothing else"),
         ("l1 = 0", "l1 = 1", "nothing else"),
+        ("l1 = 0", "l1 = 0\ncolour = 0.1", "nothing else"),
         ("patch = 64", "patch = 60", "multiple of 8"),
         ('"Shrinker"', '"RRDBNet"', "RRDBNet can't be built"),
     ],
@@ -317,6 +326,100 @@ def test_the_relativistic_loss() -> None:
     # Only differences count.
     assert discriminators.relativistic(a + 7, b + 7).item() == pytest.approx(expected)
     assert discriminators.relativistic(a, a).item() == pytest.approx(math.log(2))
+
+
+# ---- colour
+
+
+def test_colour_as_a_loss_is_near_what_the_gate_measures() -> None:
+    """Within a third, for shifts in all directions, and in the same order as the gate's for shifts of one kind."""
+    original = np.asarray(photograph("coffee").resize((256, 192)))
+    for direction in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (1, -1, 0), (-1, 0, 2)):
+        found = []
+        for size in (2, 5):
+            view = np.clip(original.astype(int) + size * np.array(direction), 0, 255).astype(np.uint8)
+            measured = colour.compare(original, view).mean
+            found.append(float(colour_loss.error(_tensor(original), _tensor(view))))
+            assert found[-1] == pytest.approx(measured, rel=0.34), (direction, size)
+        assert found[0] < found[1]
+
+
+def test_colour_as_a_loss_does_not_see_texture_and_has_slopes_everywhere() -> None:
+    original = np.full((64, 64, 3), 120, np.uint8)
+    noise = np.random.default_rng(0).integers(-20, 21, (64, 64, 1))
+    noisy = np.clip(original + noise, 0, 255).astype(np.uint8)
+    assert float(colour_loss.error(_tensor(original), _tensor(noisy))) < 0.6  # of 7 for each pixel by itself
+    for picture in (original, np.zeros_like(original), np.full_like(original, 255), noisy):
+        view = _tensor(picture).requires_grad_()
+        error = colour_loss.error(_tensor(picture), view)
+        assert error.item() < 0.02
+        error.backward()  # type: ignore[no-untyped-call]
+        assert view.grad is not None and bool(view.grad.isfinite().all())
+    drifted = (_tensor(original) + torch.tensor([0.03, 0.0, -0.02]).view(1, 3, 1, 1)).requires_grad_()
+    colour_loss.error(_tensor(original), drifted).backward()  # type: ignore[no-untyped-call]
+    assert drifted.grad is not None
+    means = drifted.grad.mean((0, 2, 3))
+    assert means[0] > 0 > means[2], "downhill is back to the original's colour"
+
+
+# ---- growth
+
+
+def _compact(width: int, depth: int, scale: int = 2, activation: str = "prelu") -> torch.nn.Module:
+    arguments: dict[str, int | str] = {
+        "num_feat": width,
+        "num_conv": depth,
+        "upscale": scale,
+        "act_type": activation,
+    }
+    return architectures.build("SRVGGNetCompact", arguments)
+
+
+@pytest.mark.parametrize(("width", "depth"), [(6, 2), (9, 2), (6, 5), (11, 4)])
+def test_a_network_grows_and_gives_the_same_pictures_at_first(width: int, depth: int) -> None:
+    torch.manual_seed(0)
+    small, large = _compact(6, 2), _compact(width, depth)
+    large.load_state_dict(growth.grown(small.state_dict(), large))
+    picture = torch.rand(2, 3, 17, 12)
+    expected = small(picture)
+    assert torch.allclose(large(picture), expected, atol=1e-6)
+    # And then it can learn with all that is new.
+    large(picture).sub(torch.rand_like(expected)).abs().mean().backward()
+    before = [parameter.detach().clone() for parameter in large.parameters()]
+    torch.optim.SGD(large.parameters(), lr=1.0).step()
+    large.zero_grad()
+    large(picture).sub(torch.rand_like(expected)).abs().mean().backward()
+    assert all(bool((value.grad != 0).any()) for value in large.parameters() if value.grad is not None)
+    assert len(before) == len(list(large.parameters()))
+
+
+def test_a_network_that_enlarges_more_begins_with_the_pixels_of_the_other() -> None:
+    torch.manual_seed(0)
+    small, large = _compact(6, 2), _compact(8, 3, scale=4)
+    large.load_state_dict(growth.grown(small.state_dict(), large))
+    picture = torch.rand(1, 3, 9, 7)
+    repeated = small(picture).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.allclose(large(picture), repeated, atol=1e-6)
+    thrice = _compact(6, 2, scale=3)
+    thrice.load_state_dict(growth.grown(small.state_dict(), thrice))
+    nearest = [0, 1, 1]
+    places = [2 * pixel + place for pixel in range(7) for place in nearest]
+    assert torch.allclose(thrice(picture)[..., 0, :], small(picture)[..., 0, places], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (_compact(8, 2), "wider"),
+        (_compact(6, 4), "deeper"),
+        (_compact(6, 3, scale=4), "enlarges more"),
+        (_compact(6, 2, activation="relu"), "prelu"),
+        (architectures.build("RRDBNet", {"num_feat": 4, "num_block": 1, "num_grow_ch": 2, "scale": 2}), "can grow"),
+    ],
+)
+def test_what_can_not_grow(start: torch.nn.Module, message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        growth.grown(start.state_dict(), _compact(6, 3))
 
 
 # ---- interpolation

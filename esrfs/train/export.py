@@ -69,6 +69,7 @@ def loss_in_words(stage: Stage) -> str:
     weights = {
         "L1": stage.l1,
         "(100 - SSIMULACRA2) / 100": stage.ssimulacra2,
+        "colour error (CIE94)": stage.colour,
         "features": stage.features,
         f"relativistic average GAN ({stage.discriminator}{gray})": stage.adversarial,
     }

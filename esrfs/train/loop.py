@@ -30,7 +30,7 @@ from torch.nn import functional as F  # noqa: N812 (torch's own convention)
 from esrfs import whole
 from esrfs.metrics.differentiable import ssimulacra2
 from esrfs.networks import architectures, loading
-from esrfs.train import discriminators, export, features, log, shrinking, validation
+from esrfs.train import colour, discriminators, export, features, growth, log, shrinking, validation
 from esrfs.train.features import PerceptualLoss
 from esrfs.train.photographs import Batch, Photograph, draw_batch
 from esrfs.train.settings import Stage, Training, TrainingError
@@ -85,8 +85,11 @@ class _State:
         torch.manual_seed(training.seed)
         self.model: nn.Module = architectures.build(training.architecture, training.arguments)
         if inputs.start is not None:
+            start = {name: value.float() for name, value in inputs.start.items()}
             try:
-                self.model.load_state_dict({name: value.float() for name, value in inputs.start.items()})
+                if _shapes(start) != _shapes(self.model.state_dict()) and training.architecture == "SRVGGNetCompact":
+                    start = growth.grown(start, self.model)
+                self.model.load_state_dict(start)
             except RuntimeError as error:
                 raise TrainingError(f"the weights to start with don't fit the network: {error}") from error
         self.model.to(device)
@@ -169,6 +172,10 @@ class _State:
         if self.critic is not None and self.critic_optimizer is not None:
             self.critic.load_state_dict(state["critic"])
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+
+
+def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in weights.items()}
 
 
 def _unlike(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -346,6 +353,8 @@ def _step(
             terms["l1"] = F.l1_loss(rebuilt, full)
         if stage.ssimulacra2:
             terms["ssimulacra2"] = (100 - ssimulacra2(full, rebuilt)).mean() / 100
+        if stage.colour:
+            terms["colour"] = colour.error(full, rebuilt)
         if stage.features:
             assert perceptual is not None
             with _precision(training, device):

@@ -82,7 +82,7 @@ def check(learn: Sequence[Path], aside: Sequence[Path], training: Training) -> N
     pixels = 0
     for number, path in enumerate((*learn, *aside)):
         with _opened(path) as picture:
-            width, height = picture.size
+            width, height = _enlarged_size(picture.size, training)
         pixels += width * height
         if number < len(learn) and min(width, height) < patch:
             raise TrainingError(
@@ -113,6 +113,17 @@ def read_rgb(path: Path) -> Pixels:
         return np.asarray(picture.convert("RGB"))
 
 
+def _enlarged_size(size: tuple[int, int], training: Training) -> tuple[int, int]:
+    factor = 1.0 if isinstance(training.degradation, RealEsrganDegradation) else training.degradation.enlarged
+    return round(size[0] * factor), round(size[1] * factor)
+
+
+def _enlarged(pixels: Pixels, training: Training) -> Pixels:
+    size = pixels.shape[1], pixels.shape[0]
+    larger = _enlarged_size(size, training)
+    return pixels if larger == size else np.asarray(Image.fromarray(pixels).resize(larger, Image.Resampling.BICUBIC))
+
+
 def load(
     paths: Sequence[Path],
     training: Training,
@@ -125,7 +136,7 @@ def load(
 
     def one(path: Path) -> Photograph:
         scale = training.scale
-        full = read_rgb(path)
+        full = _enlarged(read_rgb(path), training)
         full = np.ascontiguousarray(full[: full.shape[0] // scale * scale, : full.shape[1] // scale * scale])
         content = hashlib.sha256(full.tobytes()).digest()
         small: tuple[Pixels, ...] = ()

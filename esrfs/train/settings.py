@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 import torch
 
+from esrfs.metrics.colour import BLOCK
 from esrfs.networks import architectures, registry
 from esrfs.networks.spec import Architecture
 
@@ -28,6 +29,9 @@ class StoreDegradation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """AVIF versions of each photograph, beside the clean one: n / (n + 1) of the patches are coded."""
     levels: tuple[int, int] = (24, 58)
     """The planner's levels of quality, drawn evenly from this range, both ends included."""
+    enlarged: float = 1.0
+    """Photographs are made so much larger before all else (bicubic): files from cameras hold less detail in each pixel
+    than pictures that somebody has made smaller."""
     shrinker: str = ""
     """A shrinker, by name or file, that coded versions go through first, as compaction's do; empty: none."""
 
@@ -61,6 +65,9 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Weight of the mean absolute difference, of values in 0 to 1."""
     ssimulacra2: float = 0.0
     """Weight of (100 - SSIMULACRA2) / 100; patches must be at least 64 pixels wide when enlarged, better 128."""
+    colour: float = 0.0
+    """Weight of the colour error of blocks of 16 pixels (CIE94; 1 is about just noticeable). SSIMULACRA2 lets them
+    drift, and the gate bounds them."""
     rate: float = 0.0
     """For a shrinker, which learns by this and ``ssimulacra2`` (there the logarithm of what is missing to 100) alone:
     weight of the bits against those of the picture as it was reduced."""
@@ -87,7 +94,8 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     enlarger: str = ""
     """For a shrinker: the network that will enlarge what it makes, by name or file."""
     start: str = ""
-    """A network whose weights to begin with, by name or file; empty: random ones."""
+    """A network whose weights to begin with, by name or file; empty: random ones. An SRVGGNetCompact may be a smaller
+    one: it grows, and gives the same pictures at first."""
     stored: Literal["fp32", "fp16"] = "fp32"
     """How exported weights are kept; networks always run in fp32."""
     licence: str = "Apache-2.0"
@@ -166,6 +174,8 @@ def check(training: Training) -> None:
             raise TrainingError(f"stage {stage.name}: an average of {stage.average:g} would never learn; below 1")
         if stage.ssimulacra2 and edge < 64:
             raise TrainingError(f"stage {stage.name}: SSIMULACRA2 needs patches of 64 pixels or more, not {edge}")
+        if stage.colour and edge < BLOCK:
+            raise TrainingError(f"stage {stage.name}: colour needs patches of {BLOCK} pixels or more, not {edge}")
         if stage.features and edge < 32:
             raise TrainingError(f"stage {stage.name}: features need patches of 32 pixels or more, not {edge}")
         if stage.adversarial and stage.discriminator == "vgg" and edge != 128:
@@ -173,7 +183,13 @@ def check(training: Training) -> None:
         if stage.adversarial and edge % 8:
             raise TrainingError(f"stage {stage.name}: patches of {edge} pixels are no multiple of 8")
         if training.architecture == "Shrinker":
-            if stage.l1 or stage.features or stage.adversarial or not (stage.rate and stage.ssimulacra2):
+            if (
+                stage.l1
+                or stage.colour
+                or stage.features
+                or stage.adversarial
+                or not (stage.rate and stage.ssimulacra2)
+            ):
                 raise TrainingError(f"stage {stage.name}: a shrinker learns by rate and ssimulacra2, and nothing else")
             if stage.patch % 8:
                 raise TrainingError(f"stage {stage.name}: a shrinker's patches must be a multiple of 8 pixels wide")
@@ -194,3 +210,5 @@ def check(training: Training) -> None:
             raise TrainingError("a shrinker learns from pictures that no shrinker has changed")
         if not 0 <= low <= high <= 63 or training.degradation.versions < 0:
             raise TrainingError("levels go from 0 to 63, and versions can't be negative")
+        if not 1 <= training.degradation.enlarged <= 4:
+            raise TrainingError("photographs can be enlarged by 1 to 4")
