@@ -1,4 +1,4 @@
-"""Whole blobs against plain AVIF at the same score, picture by picture and preset by preset.
+"""Whole blobs against plain AVIF, at the same score and at the same promises, picture by picture and preset by preset.
 
     python -m benchmarks.against_avif FOLDER… --keep FILE [--presets …] [--patience normal] [--network lite] [--table]
         [--speed N] [--sampling 4:4:4 4:2:0]
@@ -8,6 +8,10 @@ included. The peer is the AVIF file that Pillow writes of the same picture at fu
 patience (or ``--speed``) and tuned for SSIMULACRA2: of each chroma sampling the lowest of libaom's 64 qualities that
 scores what the view scores or more, and the one below it; log bytes are interpolated between the two, to the view's own
 score. The fewest bytes of all samplings are the peer's (``--sampling 4:4:4``: of that one only, as everywhere else).
+
+At an equal score, AVIF may have lost a part of the picture, or a colour, that the preset promises to keep. So there is
+a second comparison, with the lowest quality that passes the preset's whole gate as the blob's view had to. There, both
+have levels to choose from, and nothing is interpolated.
 
 Results and the points of AVIF's curves are kept in FILE (JSON lines) at once: stop it when you like, and the same
 command goes on; AVIF's points serve every version of esrfs. At the end, or at once with ``--table`` (of what there is),
@@ -24,7 +28,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +42,8 @@ from benchmarks.machine import describe
 from esrfs import formats
 from esrfs.blob import container
 from esrfs.blob import recipe as recipe_format
-from esrfs.compaction import compactor, planner
+from esrfs.blob.recipe import Scores
+from esrfs.compaction import compactor, gate, planner
 from esrfs.compaction.outcome import PATIENCES, PRESETS, Policy, Verdict
 from esrfs.evaluate import grid
 from esrfs.metrics.ssimulacra2 import Reference
@@ -65,7 +70,7 @@ class Point(msgspec.Struct, frozen=True, tag="avif"):
     sampling: str
     level: int
     bytes: int
-    score: float
+    scores: Scores
 
 
 class Stored(msgspec.Struct, frozen=True, tag="blob", kw_only=True):
@@ -85,6 +90,17 @@ class Stored(msgspec.Struct, frozen=True, tag="blob", kw_only=True):
 
 
 Line = Point | Stored
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is printed of one blob; bytes of plain AVIF, NaN where it doesn't get there."""
+
+    stored: Stored
+    alike: float = math.nan
+    """At the view's score."""
+    passing: float = math.nan
+    """That passes the same gate."""
 
 
 def main() -> None:
@@ -111,7 +127,7 @@ def main() -> None:
     files = {path: path.read_bytes() for folder in arguments.folders for path in sorted(folder.iterdir())}
     pictures = {hashlib.sha256(data).hexdigest(): data for path, data in files.items() if path.suffix == ".png"}
     names = {hashlib.sha256(data).hexdigest(): f"{path.parent.name}/{path.stem}" for path, data in files.items()}
-    rows: list[tuple[Stored, float]] = []
+    rows: list[Row] = []
     with arguments.keep.open("ab") as out:
 
         def keep(line: Line) -> None:
@@ -139,10 +155,16 @@ def main() -> None:
                     keep(line)
                 if line is None:
                     continue
-                sizes = [peer.bytes_at(line.score) for peer in peers] if line.blob else []
-                plain = min((size for size in sizes if size is not None), default=math.nan)
-                rows.append((line, plain))
-                print(f"{line.name} {preset}: {line.how}, {line.blob / plain:.3f}", file=sys.stderr, flush=True)
+                row = Row(line)
+                if line.blob:
+                    row = Row(
+                        line,
+                        _fewest(peer.bytes_at(line.score) for peer in peers),
+                        _fewest(peer.bytes_that_pass(preset) for peer in peers),
+                    )
+                rows.append(row)
+                shown = f"{line.blob / row.alike:.3f}, {line.blob / row.passing:.3f}"
+                print(f"{line.name} {preset}: {line.how}, {shown}", file=sys.stderr, flush=True)
     print(f"esrfs {made_by}; {peer_by}, {' or '.join(arguments.sampling)}; {describe()}\n")
     _print_pictures(rows)
     _print_means(rows, arguments.presets)
@@ -190,40 +212,62 @@ class _Peer:
 
     def bytes_at(self, score: float) -> float | None:
         """None where AVIF doesn't get there, or it takes an encode that is not wanted."""
+        high = self._lowest(score)
+        if high is None or high - 1 not in self.points:
+            return None
+        worse, better = self.points[high - 1], self.points[high]
+        share = (score - self._score(high - 1)) / (self._score(high) - self._score(high - 1))
+        return float(worse.bytes ** (1 - share) * better.bytes**share)
+
+    def bytes_that_pass(self, preset: str) -> int | None:
+        """Of the lowest quality whose scores pass the gate; None as above."""
+        wanted = gate.thresholds(preset)
+        lowest = self._lowest(wanted.whole)
+        if lowest is None:
+            return None
+        for level in range(lowest, planner.LEVELS - 1):  # the last is lossless, and refuses to be tuned
+            if level not in self.points and self.keep is None:
+                return None
+            if not gate.objection(self._at(level).scores, wanted):
+                return self._at(level).bytes
+        return None
+
+    def _lowest(self, score: float) -> int | None:
+        """The lowest level that scores so much."""
         low, high = -1, planner.LEVELS - 1
         while high - low > 1:
             level = self._between(low, high, score)
             if level not in self.points and self.keep is None:
                 return None
-            if self._at(level).score < score:
+            if self._at(level).scores.ssimulacra2 < score:
                 low = level
             else:
                 high = level
-        if low < 0 or high not in self.points:
-            return None
-        worse, better = self.points[low], self.points[high]
-        share = (score - worse.score) / (better.score - worse.score)
-        return float(worse.bytes ** (1 - share) * better.bytes**share)
+        return high if high in self.points else None
 
     def _between(self, low: int, high: int, score: float) -> int:
         """The level to look at next, above ``low`` and below ``high``."""
         known = sorted(self.points)
-        under = max((level for level in known if low < level < high and self.points[level].score < score), default=None)
+        worse = [level for level in known if low < level < high and self._score(level) < score]
+        under = max(worse, default=None)
         if under is not None:
             return under
         over = min((level for level in known if low < level < high), default=None)
         if over is not None:
             return over
         if low in self.points and high in self.points:
-            worse, better = self.points[low].score, self.points[high].score
+            worse, better = self._score(low), self._score(high)
             guess = low + round((high - low) * (score - worse) / max(better - worse, 0.1))
         elif low in self.points or high in self.points:
             one = low if low in self.points else high
-            guess = one + round((score - self.points[one].score) / planner.POINTS_PER_LEVEL)
+            guess = one + round((score - self._score(one)) / planner.POINTS_PER_LEVEL)
             guess = min(max(guess, one - _FURTHER), one + _FURTHER)
         else:
             guess = planner.LEVELS // 2
         return min(max(guess, low + 1), high - 1)
+
+    def _score(self, level: int) -> float:
+        return self.points[level].scores.ssimulacra2
 
     def _at(self, level: int) -> Point:
         if level not in self.points:
@@ -240,9 +284,9 @@ class _Peer:
                 advanced={"tune": "ssimulacra2"},
             )
             with Image.open(io.BytesIO(out.getvalue())) as decoded:
-                score = self._reference.compare(np.asarray(decoded.convert("RGB"))).score
+                scores = gate.measure(self._reference, self._pixels, np.asarray(decoded.convert("RGB")))
             size = len(out.getvalue())
-            point = Point(self.sha256, self.made_by, self.sampling, level, size, round(score, 3))
+            point = Point(self.sha256, self.made_by, self.sampling, level, size, scores)
             self.points[level] = point
             assert self.keep is not None
             self.keep(point)
@@ -261,36 +305,52 @@ class _Peer:
         return Reference(self._pixels, threads=len(os.sched_getaffinity(0)))
 
 
-def _print_pictures(rows: Sequence[tuple[Stored, float]]) -> None:
-    print("| picture | preset | how | score | blob, bytes | plain AVIF | blob : AVIF | its picture : AVIF |")
-    print("|---" * 8 + "|")
-    for line, plain in rows:
+def _fewest(sizes: Iterable[float | None]) -> float:
+    return min((size for size in sizes if size is not None), default=math.nan)
+
+
+def _print_pictures(rows: Sequence[Row]) -> None:
+    heads = ["picture", "preset", "how", "score", "blob, bytes", "AVIF, same score", "AVIF, same promises"]
+    print(f"| {' | '.join([*heads, 'blob : first', 'its picture : first', 'blob : second'])} |")
+    print("|---" * 10 + "|")
+    for row in rows:
+        line = row.stored
         cells = [line.name, line.preset, line.how]
         if line.blob:
-            cells += [f"{line.score:.1f}", f"{line.blob:,}", f"{plain:,.0f}"]
-            cells += [f"{line.blob / plain:.3f}", f"{line.picture / plain:.3f}"]
+            cells += [f"{line.score:.1f}", f"{line.blob:,}", f"{row.alike:,.0f}", f"{row.passing:,.0f}"]
+            cells += [f"{line.blob / row.alike:.3f}", f"{line.picture / row.alike:.3f}"]
+            cells += [f"{line.blob / row.passing:.3f}"]
         print(f"| {' | '.join(cells)} |")
 
 
-def _print_means(rows: Sequence[tuple[Stored, float]], presets: Sequence[str]) -> None:
-    known = [(line, plain) for line, plain in rows if line.blob and not math.isnan(plain)]
-    groups: dict[str, list[tuple[Stored, float]]] = {
-        preset: [row for row in known if row[0].preset == preset] for preset in presets
-    }
+def _print_means(rows: Sequence[Row], presets: Sequence[str]) -> None:
+    known = [row for row in rows if row.stored.blob and not math.isnan(row.alike + row.passing)]
+    groups: dict[str, list[Row]] = {preset: [row for row in known if row.stored.preset == preset] for preset in presets}
     for low, high in _BANDS:
-        groups[f"scores {low} to {high}"] = [row for row in known if low <= row[0].score < high]
-    print(f"\n| | pictures | blob : AVIF | its picture : AVIF | more than {_ALIKE} | largest |")
-    print("|---" * 6 + "|")
-    for folder in sorted({line.name.split("/")[0] for line, _ in known}):
+        groups[f"scores {low} to {high}"] = [row for row in known if low <= row.stored.score < high]
+    print(
+        "\n| | pictures | blob : AVIF of the same score | its picture | larger | largest | blob : AVIF that passes ",
+        end="",
+    )
+    print("| larger | largest |")
+    print("|---" * 9 + "|")
+    for folder in sorted({row.stored.name.split("/")[0] for row in known}):
         for label, group in groups.items():
-            chosen = [row for row in group if row[0].name.startswith(f"{folder}/")]
+            chosen = [row for row in group if row.stored.name.startswith(f"{folder}/")]
             if not chosen:
                 continue
-            ratios = [line.blob / plain for line, plain in chosen]
-            cells = [f"{folder}, {label}", str(len(chosen)), f"{statistics.geometric_mean(ratios):.3f}"]
-            cells.append(f"{statistics.geometric_mean(line.picture / plain for line, plain in chosen):.3f}")
-            cells += [str(sum(ratio > _ALIKE for ratio in ratios)), f"{max(ratios):.3f}"]
+            pictures = statistics.geometric_mean(row.stored.picture / row.alike for row in chosen)
+            alike = _summary([row.stored.blob / row.alike for row in chosen])
+            passing = _summary([row.stored.blob / row.passing for row in chosen])
+            cells = [f"{folder}, {label}", str(len(chosen)), alike[0], f"{pictures:.3f}", *alike[1:], *passing]
             print(f"| {' | '.join(cells)} |")
+    print(f"\nMeans are geometric. Larger: by more than {_ALIKE - 1:.0%}.")
+
+
+def _summary(ratios: Sequence[float]) -> list[str]:
+    """Mean, how many are larger, the largest."""
+    larger = sum(ratio > _ALIKE for ratio in ratios)
+    return [f"{statistics.geometric_mean(ratios):.3f}", str(larger), f"{max(ratios):.3f}"]
 
 
 if __name__ == "__main__":

@@ -81,15 +81,31 @@ def test_the_whole_picture_passes_in_few_trials(patience: str, off: float, wante
     assert min(trial.level for trial in passed) <= best + (1 if patience in ("high", "endless") else 5)
 
 
-def test_results_are_compared_at_equal_score() -> None:
-    """DESIGN 5: never more than plain AVIF at the same score. With 5 % more bytes for a level of 1.2 points, 2 % more
-    bytes for a point more is less."""
+def test_points_that_nobody_asked_for_count_half() -> None:
+    """With 5 % more bytes for a level of 1.2 points, 1.5 % more bytes for a point more is less, 2.5 % is not."""
     curve = Curve((Trial(30, -0.6, 1000), Trial(31, 0.6, 1050)))
     assert curve.growth == pytest.approx(1.05)
     assert curve.rate == pytest.approx(math.log(1.05) / 1.2)
-    assert curve.weight(1020, 1.1) < curve.weight(1000, 0.1)
-    assert curve.weight(1060, 1.1) > curve.weight(1000, 0.1)
-    assert curve.weight(1200, 9.0) > curve.weight(1000, 0.1)  # nobody asked for nine points more
+    assert curve.weight(1015, 1.1) < curve.weight(1000, 0.1)
+    assert curve.weight(1025, 1.1) > curve.weight(1000, 0.1)
+    assert curve.weight(1030, 9.0) > curve.weight(1000, 0.1)  # more than a step doesn't count
+
+
+def test_what_a_curve_promises_is_a_level_s_bytes() -> None:
+    """Levels are steps: what just passes by the curve is half a step less than what will be taken, on average."""
+    open_end = Curve((Trial(30, -2.4, 1000), Trial(31, -1.2, 1050)))
+    assert open_end.size == pytest.approx(1000 * 1.05**2)
+    assert open_end.likely == pytest.approx(1000 * 1.05**2.5)
+    passed = Curve((Trial(30, -1.15, 1000), Trial(31, 0.05, 1050)))
+    assert passed.size < passed.likely == 1050
+
+
+def test_a_curve_of_a_larger_picture_has_the_same_levels() -> None:
+    curve = Curve((Trial(30, -1.0, 1000), Trial(33, 2.6, 1157)))
+    larger = curve.scaled(7.5)
+    assert larger.size == pytest.approx(7.5 * curve.size, rel=1e-3)
+    assert (larger.crossing, larger.slope) == (curve.crossing, curve.slope)
+    assert larger.growth == pytest.approx(curve.growth, rel=1e-3)
 
 
 def test_no_more_trials_when_it_would_be_too_large() -> None:

@@ -45,7 +45,7 @@ def network() -> tuple[NetworkRef, loading.Network]:
 
 def original(size: int = 256) -> bytes:
     out = io.BytesIO()
-    photograph("coffee").crop((180, 60, 180 + size, 60 + size)).save(out, "PNG")
+    photograph("coffee").crop((300, 100, 300 + size, 100 + size)).save(out, "PNG")
     return out.getvalue()
 
 

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -186,3 +187,24 @@ def test_the_store_is_counted_seldom_and_never_by_a_scrape(monkeypatch: pytest.M
     contents.latest()
     wait_until(lambda: len(begun) == 2 and not contents._counting)
     assert contents._due > time.monotonic()
+
+
+@pytest.mark.parametrize("what", ["no thread", "a bug"])
+def test_a_count_that_fails_is_not_the_last(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    done = []
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    contents = figures.Contents(lambda: done.append(1))  # type: ignore[arg-type, return-value]
+    with monkeypatch.context() as patch:
+        if what == "no thread":
+            patch.setattr(threading.Thread, "start", fail)
+        else:
+            patch.setattr(threading, "excepthook", lambda end: None)
+            patch.setattr(contents, "_count", fail)
+        contents.latest()
+        wait_until(lambda: not contents._counting)
+    contents._due = 0.0
+    contents.latest()
+    wait_until(lambda: done)

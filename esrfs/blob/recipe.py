@@ -236,6 +236,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     own: list[Own] = []
     """Where the view carries its blob (``carried.py``); empty once a blob was read (``unfolded``)."""
 
+    @property
+    def megapixels(self) -> float:
+        return self.width * self.height / 1e6
+
 
 def kind_of(coding: Coding) -> str:
     """Of a picture's coding: its kind, as ``formats.kinds`` lists it; else the coding's tag."""

@@ -73,15 +73,25 @@ _WORST_OF_MOSAIC = 2.5
 _SMALL = 2_000_000
 """Pixels up to which another pass costs little, whatever the patience."""
 _WAYS_OF_SMALL, _ALIKE = 2, 1.03
-"""So many ways are carried out for them, those that take at most so much more than the best, as the trials tell."""
-_MISLED = 1.1
-"""A way that takes so much more than its curve said was chosen by mistake: others are compared with what it takes.
-(Where colour is what it passes least by, headroom hardly grows with the level, and a curve says little.)"""
+"""So many ways are carried out for them: those that take at most so much more than the best, as the trials tell. One
+more, of every picture, where that still promises less than the others turned out to take: a level is 5 % of the bytes,
+and where headroom hardly grows with the level, a curve says little. (Of larger pictures, if it promises by so much
+less.)"""
+_CLOSE = 1.1
+"""Scales whose mosaics take at most so much more than the best one's are compared by the whole picture. (That takes
+half as long as the rest: it is for close decisions.)"""
 _TINY = 1_000_000
-"""Pixels up to which the encoder is tried in another tuning, too. A recipe weighs 1 to 3 % of such a picture's blob."""
-_OTHER_TUNING = {"sharpness": "5"}
-"""libaom's options beside those of ``tune=ssimulacra2`` (7). It takes 1 % fewer bytes at the same score for about as
-many pictures as it takes 1 % more."""
+"""Pixels up to which the encoder is tried in other tunings, too. A recipe weighs 1 to 3 % of such a picture's blob."""
+_TUNINGS: tuple[Mapping[str, str], ...] = (
+    {},
+    {"sharpness": "5"},
+    {"sharpness": "6"},
+    {"deltaq-strength": "125"},
+    {"enable-palette": "0"},
+)
+"""libaom's options beside those of ``tune=ssimulacra2`` (sharpness 7, strength 100), the usual first. Each of the
+others takes up to 1 or 2 % fewer bytes at the same score for about as many pictures as it takes more (palettes: 5 % of
+few)."""
 _REFINED_MORE, _REFINED_SIZE = 4.0, 0.75
 """What refinement gives at best: points where a small picture scores highest, and a share of its bytes."""
 _MOSAIC_SECONDS = 0.25
@@ -138,8 +148,8 @@ class _Way:
     network: NetworkRef | None = None
     shrinker: ShrinkerRef | None = None
     refined: bool = False
-    tuned: bool = False
-    """With _OTHER_TUNING."""
+    tuning: int = 0
+    """Of _TUNINGS."""
 
 
 @dataclass
@@ -262,10 +272,17 @@ def _at_a_loss(
         stored = split.pixels()
     except formats.Unsupported as error:
         return Outcome(verdict=Verdict.PASSED_THROUGH, reason=error.reason, message=error.message, kind=error.kind)
+    try:
+        opacity = None if split.kind == "jpeg" else _opacity(formats.decode(original, policy.max_megapixels))
+    except formats.Unsupported as error:  # an odd header
+        message = f"its view couldn't be read here to be compared: {error.message}"
+        return _refused(Reason.ERROR, message, split)
     colour = np.ascontiguousarray(stored[:, :, : stored.shape[2] - 1] if stored.shape[2] in (2, 4) else stored)
     del stored
     picture = _Picture(colour, threads)
-    work = _Compaction(original, policy, wanted, split, picture, threads, infer, checkpoint, reference_key, refine)
+    work = _Compaction(
+        original, policy, wanted, split, picture, opacity, threads, infer, checkpoint, reference_key, refine
+    )
     return work.run(_ways(picture, networks, planner.PATIENCE[policy.patience]))
 
 
@@ -302,6 +319,8 @@ class _Compaction:
     wanted: gate.Thresholds
     split: formats.Split
     picture: _Picture
+    opacity: Pixels | None
+    """What any reader makes of the original's: the gate measures colours, and our own parser may have missed it."""
     threads: int
     infer: Infer
     checkpoint: Callable[[], None]
@@ -321,18 +340,18 @@ class _Compaction:
         some = mosaic.mosaic(self.picture.pixels)
         sample = self.picture if some is self.picture.pixels else _Picture(some, self.threads)
         promising = self._promising(sample, ways, allowed)
+        weighed = self._weighed(promising) if sample is not self.picture and patience.both else promising
         several = self._pixels < _SMALL and patience.both
         wanted = max(patience.ways, _WAYS_OF_SMALL) if several else patience.ways
-        for way, curve in promising:
-            least = promising[0][1].size
-            if several and done and (found := math.exp(min(done)[0])) > _MISLED * least:
-                least = found
-            elif len(done) == wanted:
-                break
-            if len(done) >= patience.ways and curve.size > _ALIKE * least:
+        least = math.inf
+        """What the best so far takes, as its curve tells it for its level."""
+        for way, curve in weighed:
+            alike = curve.size <= _ALIKE * weighed[0][1].size
+            better = curve.likely < (least if several else least / _ALIKE)
+            if len(done) >= (wanted if alike else patience.ways) and not (better and len(done) <= wanted):
                 break
             try:
-                outcome = self._carry_out(way, curve, patience, allowed)
+                outcome, level = self._carry_out(way, curve, patience, allowed)
             except (formats.DoesNotFit, ReconstructionError) as error:
                 objections.append(_problem(error))
                 continue
@@ -342,6 +361,7 @@ class _Compaction:
                 continue
             assert outcome.score is not None
             done.append((curve.weight(_stored(outcome), outcome.score - self.wanted.whole), len(done), outcome))
+            least = min(least, curve.size * curve.growth ** (level - curve.crossing))
         best = min(done)[-1] if done else None
         best = self._refined(sample, promising, best, patience, allowed) or best
         if best is not None:
@@ -366,6 +386,23 @@ class _Compaction:
             if curve is not None:
                 found.append((way, curve))
         return sorted(found, key=lambda each: each[1].size)
+
+    def _weighed(self, promising: list[tuple[_Way, Curve]]) -> list[tuple[_Way, Curve]]:
+        """The same with bytes of the whole instead of those of its mosaic, if the best of two scales are close.
+
+        Where tiles meet there are edges, and most pictures have more sky than their mosaic: what that costs differs
+        between scales by up to a quarter, and a fast encode of the whole at one level tells it."""
+        best = {way.scale: (way, curve) for way, curve in reversed(promising)}
+        if len(best) < 2 or sorted(curve.size for _, curve in best.values())[1] > _CLOSE * promising[0][1].size:
+            return promising
+        larger: dict[int, float] = {}
+        for scale, (way, curve) in best.items():
+            self.checkpoint()
+            level = min(max(round(curve.crossing), planner.LOWEST), planner.HIGHEST)
+            whole = len(self._encode(self.picture, way, level, _FAST))
+            larger[scale] = whole * curve.growth ** (curve.crossing - level) / curve.size
+        weighed = [(way, curve.scaled(larger[way.scale])) for way, curve in promising]
+        return sorted(weighed, key=lambda each: each[1].size)
 
     def _hope(self, sample: _Picture, way: _Way) -> float:
         """Points by which it would pass if the codec lost nothing. (Only shrinking does; most pictures bear little.)"""
@@ -404,7 +441,7 @@ class _Compaction:
             way.subsampling,
             speed,
             lift=way.network is None,
-            tuning=_OTHER_TUNING if way.tuned else {},
+            tuning=_TUNINGS[way.tuning],
         )
         if picture is self.picture and self._pixels < _SMALL:
             self.encoded[key] = avif
@@ -419,8 +456,9 @@ class _Compaction:
             scores = msgspec.structs.replace(scores, worst_tile=scores.worst_tile - _WORST_OF_MOSAIC)
         return gate.headroom(scores, self.wanted)
 
-    def _carry_out(self, way: _Way, curve: Curve, patience: Patience, allowed: float) -> Outcome:
-        """The smallest blob of the whole picture, or why there is none. Raises DoesNotFit, ReconstructionError."""
+    def _carry_out(self, way: _Way, curve: Curve, patience: Patience, allowed: float) -> tuple[Outcome, int]:
+        """The smallest blob of the whole picture, or why there is none, and its level. Raises DoesNotFit,
+        ReconstructionError."""
         if self._pixels < _SMALL:
             patience = replace(patience, content=min(patience.content, 1.0))
         best: list[_Result] = []
@@ -436,10 +474,10 @@ class _Compaction:
         planner.confirm(attempt, curve, patience, allowed)
         (result,) = best
         if problem := gate.objection(result.scores, self.wanted):
-            return _refused(Reason.QUALITY, f"rebuilt, {problem}", self.split, self.best_score)
+            return _refused(Reason.QUALITY, f"rebuilt, {problem}", self.split, self.best_score), result.level
         if self._pixels < _TINY and patience.both:
             result = self._tuned(way, curve, result, patience.speed)
-        return self._conclude(way, result, allowed)
+        return self._conclude(way, result, allowed), result.level
 
     def _tuned(self, way: _Way, curve: Curve, plain: _Result, speed: int) -> _Result:
         """``plain``, or what another tuning of the encoder makes of its level, or the level below, if that is less."""
@@ -448,17 +486,21 @@ class _Compaction:
             return curve.weight(len(result.avif), result.scores.ssimulacra2 - self.wanted.whole)
 
         best = plain
-        for level in range(plain.level, max(plain.level - 2, planner.LOWEST - 1), -1):
-            try:
-                result = self._result(replace(way, tuned=True), level, speed)
-            except (formats.DoesNotFit, ReconstructionError):
-                break
-            headroom = gate.headroom(result.scores, self.wanted)
-            if headroom < 0:
-                break
-            best = min(best, result, key=weight)
-            if headroom < curve.slope:
-                break
+        for tuning in range(1, len(_TUNINGS)):
+            other = replace(way, tuning=tuning)
+            for level in range(plain.level, max(plain.level - 2, planner.LOWEST - 1), -1):
+                if self._encode(self.picture, other, level, speed) == plain.avif:
+                    break  # it has no say in this picture
+                try:
+                    result = self._result(other, level, speed)
+                except (formats.DoesNotFit, ReconstructionError):
+                    break
+                headroom = gate.headroom(result.scores, self.wanted)
+                if headroom < 0:
+                    break
+                best = min(best, result, key=weight)
+                if headroom < curve.slope:
+                    break
         return best
 
     def _refined(
@@ -489,7 +531,7 @@ class _Compaction:
             if not is_whole and not self._refine_small(self.picture, way, level, noise, end - time.monotonic()):
                 return None
             least = allowed if best is None else min(allowed, _stored(best) - 1)
-            outcome = self._carry_out(way_refined, curve, patience, least)
+            outcome, _ = self._carry_out(way_refined, curve, patience, least)
         except (formats.DoesNotFit, ReconstructionError):
             return None
         return outcome if outcome.verdict is Verdict.COMPACTED else None
@@ -541,8 +583,13 @@ class _Compaction:
         del again
         view = fitted.expand()
         self.checkpoint()
-        decoded = formats.decode(view, self.policy.max_megapixels)
-        viewed = decoded[:, :, : self.picture.pixels.shape[2]]  # without alpha, which is the original's
+        try:
+            decoded = formats.decode(view, self.policy.max_megapixels)
+        except formats.Unsupported as error:  # an odd header, which the view has from the original
+            raise ReconstructionError(f"its view can't be read here to be compared: {error.message}") from error
+        if not _same(_opacity(decoded), self.opacity):
+            raise ReconstructionError("its view would have another transparency; please report this with the picture")
+        viewed = decoded[:, :, : self.picture.pixels.shape[2]]
         self.checkpoint()
         scores = gate.measure(self.picture.reference, self.picture.pixels, viewed)
         self._note(scores)
@@ -629,6 +676,16 @@ class _Compaction:
 
 def _stored(outcome: Outcome) -> int:
     return outcome_format.stored_bytes(outcome.avif, outcome.recipe)
+
+
+def _opacity(pixels: Pixels) -> Pixels | None:
+    """H×W, of H×W×C with alpha; None where all is opaque."""
+    alpha = pixels[:, :, -1]
+    return alpha.copy() if pixels.shape[2] in (2, 4) and alpha.min() < 255 else None
+
+
+def _same(one: Pixels | None, other: Pixels | None) -> bool:
+    return one is other if one is None or other is None else np.array_equal(one, other)
 
 
 def _problem(error: formats.DoesNotFit | ReconstructionError) -> tuple[Reason, str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LEVELS = 64
 """AV1 codecs know 64 qualities; Pillow's 0 to 100 maps several numbers to one. Level 0 is the worst."""
@@ -113,11 +113,23 @@ class Curve:
         near = self._nearest()
         return float(near.size * self.growth ** (self.crossing - near.level))
 
+    @property
+    def likely(self) -> float:
+        """Bytes of the level that will pass: half a level above the crossing on average, or less if a trial passed with
+        less."""
+        passed = [float(trial.size) for trial in self.trials if trial.headroom >= 0]
+        return min(self.size * math.sqrt(self.growth), *passed, math.inf)
+
+    def scaled(self, factor: float) -> Curve:
+        """Of a picture that takes ``factor`` times the bytes."""
+        return Curve(tuple(replace(trial, size=round(trial.size * factor)) for trial in self.trials))
+
     def weight(self, size: int, spare: float) -> float:
-        """The logarithm of the bytes that would just pass, of a result of ``size`` that scores ``spare`` points more
-        than it must: of two that pass, one may score better only because levels are steps, and then it is no larger at
-        the same score. More than a step doesn't count: who asks for less than it scores asked for fewer bytes."""
-        return math.log(size) - self.rate * min(spare, self.slope)
+        """What of two results that pass is to be less: the logarithm of bytes, ``size``, less half of what the points
+        that it scores more than it must, ``spare``, would cost. They are worth something, since levels are steps and
+        one may pass by little and the other by nearly a step; not all, since nobody asked for them. More than a step
+        doesn't count at all."""
+        return math.log(size) - 0.5 * self.rate * min(spare, self.slope)
 
     def _nearest(self) -> Trial:
         return min(self.trials, key=lambda trial: abs(trial.headroom))

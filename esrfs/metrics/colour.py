@@ -19,11 +19,11 @@ BLOCK = 16
 """Pixels along a block's side."""
 _BAND_ROWS = 16 * BLOCK
 """Rows at once: a whole picture in Pillow's hands would take 4 bytes a pixel more."""
-_TO_XYZ = np.array(
+TO_XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
 )
 """Linear sRGB to CIE XYZ, D65 (IEC 61966-2-1)."""
-_WHITE = _TO_XYZ.sum(axis=1)
+_WHITE = TO_XYZ.sum(axis=1)
 
 
 class ColourError(NamedTuple):
@@ -54,7 +54,7 @@ def lab(rgb: Pixels) -> Values:
     """… × 3 sRGB bytes → … × 3 CIE L*a*b*, D65."""
     part = rgb / 255.0
     linear = np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
-    ratio = linear @ _TO_XYZ.T / _WHITE
+    ratio = linear @ TO_XYZ.T / _WHITE
     bent = np.where(ratio > 216 / 24389, np.cbrt(ratio), (24389 / 27 * ratio + 16) / 116)
     x, y, z = np.moveaxis(bent, -1, 0)
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)

@@ -17,7 +17,7 @@ from typing import Literal
 import msgspec
 
 from esrfs.blob import container
-from esrfs.blob.container import BlobDamaged, NotABlob
+from esrfs.blob.container import Blob, BlobDamaged, NotABlob
 from esrfs.blob.recipe import Verbatim
 from esrfs.engine.client import EngineError, Rebuilt
 from esrfs.networks import registry
@@ -31,8 +31,8 @@ from esrfs.store.unfinished import Unfinished
 from esrfs.upkeep import networks, walk
 
 Severity = Literal["damage", "note"]
-Rebuild = Callable[[bytes, bytes, bytes], Rebuilt]
-"""(sha256 of the view, encoded recipe, AVIF) → the view; raises EngineError, TimeoutError."""
+Rebuild = Callable[[Blob], Rebuilt]
+"""The view of a blob; raises EngineError, TimeoutError."""
 
 _ADVICE = "The view of it can't be read: bring it back with `esrfs restore` or from a backup of the store"
 _FILE_TYPE = slice(4, 8)
@@ -129,7 +129,7 @@ class _Needed:
     blobs: int = 0
 
 
-def _look_at(store: Store, path: str, needed: dict[bytes, _Needed]) -> tuple[container.Blob | None, list[Finding]]:
+def _look_at(store: Store, path: str, needed: dict[bytes, _Needed]) -> tuple[Blob | None, list[Finding]]:
     """The blob at ``path``, None for another file or a damaged one; and what is wrong with it."""
     try:
         descriptor = beneath(store.root_fd, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -192,7 +192,7 @@ def _moved_box(store: Store, path: str, descriptor: int, size: int) -> list[Find
 
 def _blob(
     store: Store, path: str, data: bytes, footer: container.Footer, needed: dict[bytes, _Needed]
-) -> tuple[container.Blob | None, list[Finding]]:
+) -> tuple[Blob | None, list[Finding]]:
     try:
         blob = container.unpack(data)
     except (BlobDamaged, NotABlob) as error:
@@ -241,10 +241,10 @@ def _lost_networks(needed: dict[bytes, _Needed]) -> Iterator[Finding]:
             yield _note(place, "network_elsewhere", message)
 
 
-def _view(path: str, blob: container.Blob, rebuild: Rebuild) -> list[Finding]:
+def _view(path: str, blob: Blob, rebuild: Rebuild) -> list[Finding]:
     recipe = blob.recipe
     try:
-        rebuilt = rebuild(recipe.sha256_view, blob.recipe_bytes, blob.avif)
+        rebuilt = rebuild(blob)
     except (EngineError, TimeoutError) as error:
         return [_damage(path, "rebuild_failed", f"its view can't be rebuilt: {error}")]
     digest = hashlib.sha256()

@@ -369,12 +369,14 @@ def _ask_engine(workshop: Workshop, original: FileValue, claim: Claim, policy: P
 def _rebuilds(workshop: Workshop, outcome: Outcome, claim: Claim, policy: Policy) -> bool:
     """Whether the blob of an outcome that nobody vouches for gives, rebuilt here, the very file that it is for."""
     recipe = decode(outcome.recipe)
-    if recipe.width * recipe.height > policy.max_megapixels * 1e6 or not _has_network(workshop.store, recipe):
+    if recipe.megapixels > policy.max_megapixels or not _has_network(workshop.store, recipe):
         return False
     # A key of its own: nobody who reads a file with this content shall get what comes of this.
     key = hashlib.sha256(b"carried" + outcome.recipe + outcome.avif).digest()
     try:
-        ticket = workshop.engine.rebuild(key, lambda: (outcome.recipe, outcome.avif), Lane.COMPACTION)
+        ticket = workshop.engine.rebuild(
+            key, lambda: (outcome.recipe, outcome.avif), Lane.COMPACTION, megapixels=recipe.megapixels
+        )
         rebuilt = _result(ticket, claim)
     except EngineError as error:
         log.info("a blob that came with a view is of no use here (%s)", error)
