@@ -21,6 +21,7 @@ from esrfs.blob.reference import reference
 from esrfs.compaction.outcome import Reason
 from esrfs.formats import jpeg, jpeg_parse
 from esrfs.formats.view import Pixels
+from tests.test_1_png import ELSEWHERE
 
 PHOTOS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "photos"
 LIMIT = 50.0
@@ -66,6 +67,12 @@ def refusal(data: bytes) -> formats.Unsupported:
     with pytest.raises(formats.Unsupported) as caught:
         formats.split(data, LIMIT).pixels()
     return caught.value
+
+
+def test_content_credentials_that_were_in_the_file_and_were_taken_out() -> None:
+    xmp = ELSEWHERE.replace(b"https://example.org/manifests/1", b"self#jumbf=c2pa/urn:uuid:1")
+    data = with_segment(jpeg_bytes(), 0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp)
+    assert formats.split(data, LIMIT).kind == "jpeg"
 
 
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
@@ -303,6 +310,8 @@ def damaged_files() -> Iterator[tuple[str, bytes, Reason]]:
     yield "CMYK", jpeg_bytes(picture().convert("CMYK")), Reason.UNSUPPORTED_KIND
     yield "coded as RGB", jpeg_bytes(keep_rgb=True), Reason.UNSUPPORTED_KIND
     yield "JUMBF", with_segment(good, 0xEB, b"JP\0\1" + bytes(20)), Reason.SIGNED
+    xmp = b"http://ns.adobe.com/xap/1.0/\0" + ELSEWHERE
+    yield "a server keeps", with_segment(good, 0xE1, xmp), Reason.SIGNED
     yield "end-of-image", good[:-2], Reason.UNSUPPORTED_KIND
     yield "end-of-image", good[: len(good) // 2], Reason.UNSUPPORTED_KIND
     yield "longer than the file", good[:300], Reason.BROKEN

@@ -7,10 +7,11 @@ import shutil
 import struct
 import subprocess
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
@@ -22,6 +23,8 @@ from esrfs.compaction.outcome import Reason
 from esrfs.formats import png, png_parse
 
 LIMIT = 50.0
+ELSEWHERE = b'<rdf:Description dcterms:provenance="https://example.org/manifests/1"/>'
+"""XMP that says where Content Credentials are kept."""
 MODES = ["L", "LA", "RGB", "RGBA"]
 
 
@@ -204,6 +207,31 @@ def test_colours_depth_interlacing_and_transparency_stay(name: str, original: by
         subprocess.run(["pngcheck", "-q", str(tmp_path / "view.png")], check=True)
 
 
+@pytest.mark.parametrize(
+    ("original", "colour"),
+    [
+        (lambda: png_bytes(transparent_corner(picture()), compress_level=1), b"\xff\0" * 3),
+        (lambda: png_bytes(transparent_corner(picture("L")), compress_level=1), b"\1\0"),
+        (lambda: gray_of_4_bits(transparent_corner(picture("L"))), b"\0\x30"),
+    ],
+    ids=["colour", "gray", "gray of 4 bits"],
+)
+def test_a_transparent_colour_that_no_pixel_can_have(
+    original: Callable[[], bytes], colour: bytes, expect_log: Callable[[str], None]
+) -> None:
+    """libpng, and so most programs, takes its low bits; Wikipedia had such a picture."""
+    expect_log("out-of-range samples")
+    data = with_chunk(original(), b"tRNS", colour)
+    alpha = imagecodecs.png_decode(data)[..., -1]
+    assert 0 < (alpha == 0).mean() < 1
+    split = formats.split(data, LIMIT)
+    pixels = split.pixels()
+    other = np.clip(pixels[:, :, :1] if pixels.shape[2] < 3 else pixels[:, :, :3], 9, 255)
+    view = formats.fit_view(split, other).expand()
+    assert np.array_equal(imagecodecs.png_decode(view)[..., -1], alpha)
+    assert np.array_equal(formats.decode(view, LIMIT)[:, :, 0], formats.split(view, LIMIT).pixels()[:, :, 0])
+
+
 def rgba(pixels: formats.Pixels) -> Image.Image:
     mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[pixels.shape[2]]
     return Image.fromarray(pixels.squeeze(2) if mode == "L" else pixels).convert("RGBA")
@@ -246,6 +274,7 @@ def refused_files() -> Iterator[tuple[str, bytes, Reason]]:
     yield "iDOT", with_chunk(good, b"iDOT", bytes(28)), Reason.UNSUPPORTED_KIND
     yield "critical", with_chunk(good, b"ABCD", b""), Reason.UNSUPPORTED_KIND
     yield "signed", with_chunk(good, b"caBX", b"jumb"), Reason.SIGNED
+    yield "a server keeps", with_chunk(good, b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + ELSEWHERE), Reason.SIGNED
     yield "checksum", good[: header + 20] + b"!" + good[header + 21 :], Reason.BROKEN
     yield "too early", good[:-12], Reason.BROKEN
     yield "longer than the file", good[: len(good) // 2], Reason.BROKEN

@@ -20,10 +20,11 @@ from esrfs import formats
 from esrfs.blob.recipe import TiffCoding
 from esrfs.compaction.outcome import Reason
 from esrfs.formats import tiff, tiff_parse
-from tests.test_1_png import picture
+from tests.test_1_png import ELSEWHERE, picture
 
 LIMIT = 50.0
-PREDICTOR, ORIENTATION = 317, 274
+PREDICTOR, ORIENTATION, XMP, C2PA = 317, 274, 700, 52545
+CAPTION = b"Grandmother's garden, the summer before she moved to town.\0"
 
 
 def tiff_bytes(image: Image.Image | None = None, compression: str = "raw", **options: Any) -> bytes:
@@ -90,6 +91,79 @@ def test_pixels_are_those_that_are_stored(orientation: int, tmp_path: Path) -> N
     data = check_view(original, tmp_path / "view.tiff").expand()
     with Image.open(io.BytesIO(data)) as image:
         assert image.getexif()[ORIENTATION] == orientation
+
+
+def test_xmp_turns_no_pixels() -> None:
+    """Where the directory says nothing, Pillow turns them by what XMP says."""
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    original = tiff_bytes(tiffinfo={XMP: xmp})
+    assert np.array_equal(formats.split(original, LIMIT).pixels(), np.asarray(picture()))
+
+
+def behind_its_pixels(compression: str, reach: int) -> bytes:
+    """A TIFF whose caption and XMP directly follow its pixels, and whose only strip is said to be longer by ``reach``
+    bytes than it is. (Of the last strip some programs write the length of a whole one; readers don't mind.)"""
+    packed = tiff_bytes(compression=compression, strip_size=1 << 20)
+    start, length = tiff_parse.parse(packed).parts[0]
+    pixels = packed[start : start + length]
+    pixels += bytes(len(pixels) % 2)
+    numbers = {256: 200, 257: 150, 259: {"raw": 1, "tiff_lzw": 5, "tiff_adobe_deflate": 8}[compression], 262: 2}
+    entries = {tag: (3, 1, value) for tag, value in numbers.items()}
+    entries |= {273: (4, 1, 16), 277: (3, 1, 3), 278: (3, 1, 150), 279: (4, 1, length + reach)}
+    data = struct.pack("<HHH", 8, 8, 8) + bytes(2) + pixels
+    entries |= {258: (3, 3, 8), 270: (2, len(CAPTION), 8 + len(data))}
+    data += CAPTION
+    directory = b"".join(struct.pack("<HHII", tag, *entries[tag]) for tag in sorted(entries))
+    head = b"II*\0" + struct.pack("<I", 8 + len(data))
+    return head + data + struct.pack("<H", len(entries)) + directory + bytes(4)
+
+
+@pytest.mark.parametrize("reach", [4, 150])
+def test_what_follows_a_strip_that_is_said_to_be_longer_stays(reach: int) -> None:
+    original = behind_its_pixels("raw", reach)
+    split = formats.split(original, LIMIT)
+    assert np.array_equal(split.pixels(), np.asarray(picture()))
+    data = formats.fit_view(split, rebuilt(split.pixels())).expand()
+    assert data[16 + 200 * 150 * 3 :] == original[16 + 200 * 150 * 3 :]
+    assert np.array_equal(formats.decode(data, LIMIT), rebuilt(split.pixels()))
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate"])
+@pytest.mark.parametrize("reach", [4, 150])
+def test_a_compressed_strip_that_reaches_into_metadata_is_left_alone(compression: str, reach: int) -> None:
+    sound = formats.split(behind_its_pixels(compression, 0), LIMIT)
+    assert np.array_equal(sound.pixels(), np.asarray(picture()))
+    with pytest.raises(formats.Unsupported, match="metadata, or another picture, within its pixels"):
+        formats.split(behind_its_pixels(compression, reach), LIMIT)
+
+
+@pytest.mark.parametrize("entry", [(513, 4, 1), (273, 4, 1)])
+def test_a_strip_that_reaches_into_a_thumbnail_is_left_alone(entry: tuple[int, int, int]) -> None:
+    original = tiff_bytes(compression="tiff_lzw", strip_size=1 << 20)
+    start, length = tiff_parse.parse(original).parts[0]
+    lengths = {513: 514, 273: 279}[entry[0]]
+    for at, refused in ((start + length, False), (start + length - 1, True)):
+        small = [(254, 4, 1, 1), (*entry, at), (lengths, 4, 1, 50)]
+        page = struct.pack("<H", len(small)) + b"".join(struct.pack("<HHII", *each) for each in small) + bytes(4)
+        directory = struct.unpack_from("<I", original, 4)[0]
+        link = directory + 2 + 12 * struct.unpack_from("<H", original, directory)[0]
+        data = original + bytes(50)
+        data = data[:link] + struct.pack("<I", len(data)) + data[link + 4 :] + page
+        if refused:
+            with pytest.raises(formats.Unsupported, match="another picture, within its pixels"):
+                formats.split(data, LIMIT)
+        else:
+            formats.split(data, LIMIT)
+
+
+@pytest.mark.parametrize("rubbish", [1 << 30, 16, 100])
+def test_exif_that_is_not_there_or_says_that_something_follows(rubbish: int) -> None:
+    """Programs that copy Exif leave such numbers."""
+    original = tiff_bytes(tiffinfo={330: 0})
+    assert formats.split(with_value(original, 330, 1 << 30), LIMIT)
+    entry = struct.pack("<HHHII", 1, 305, 2, 4, 0x41414100)
+    data = with_value(original, 330, len(original)) + entry + struct.pack("<I", rubbish)
+    assert np.array_equal(formats.split(data, LIMIT).pixels(), np.asarray(picture()))
 
 
 def test_a_strip_that_does_not_fit_is_softened() -> None:
@@ -187,11 +261,23 @@ def refused_files() -> Iterator[tuple[str, bytes, Reason]]:
     yield "damaged", lzw[:8] + b"\xff" * 4000 + lzw[4008:], Reason.BROKEN
     huge = with_value(with_value(with_value(good, 256, 60000), 257, 60000), 278, 60000)
     yield "limit", huge, Reason.TOO_LARGE
+    yield "C2PA", tiff_bytes(tiffinfo={C2PA: b"jumb"}), Reason.SIGNED
+    behind = io.BytesIO()
+    small = picture("RGB", 40, 30)
+    small.encoderinfo = {"tiffinfo": {254: 1, C2PA: b"jumb"}}
+    picture().save(behind, "TIFF", save_all=True, append_images=[small])
+    yield "C2PA", behind.getvalue(), Reason.SIGNED
+    yield "a server keeps", tiff_bytes(tiffinfo={XMP: ELSEWHERE}), Reason.SIGNED
+    large = [(256, 4, 1, 201), (257, 4, 1, 150)]
+    directory = struct.pack("<H", len(large)) + b"".join(struct.pack("<HHII", *each) for each in large) + bytes(4)
+    first = tiff_bytes(tiffinfo={330: 0})
+    yield "RAW files", with_value(first, 330, len(first)) + directory, Reason.UNSUPPORTED_KIND
     yield "multiplied", with_value(tiff_bytes(picture("RGBA")), 338, 1), Reason.UNSUPPORTED_KIND
 
 
 @pytest.mark.parametrize(
-    ("word", "data", "reason"), [pytest.param(*case, id=f"{case[0]}-{case[2]}") for case in refused_files()]
+    ("word", "data", "reason"),
+    [pytest.param(*case, id=f"{number}-{case[0]}") for number, case in enumerate(refused_files())],
 )
 def test_refusals_say_why(word: str, data: bytes, reason: Reason) -> None:
     with pytest.raises(formats.Unsupported) as caught:

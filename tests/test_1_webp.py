@@ -19,7 +19,7 @@ from esrfs.blob import recipe
 from esrfs.blob.recipe import WebpCoding
 from esrfs.compaction.outcome import Reason
 from esrfs.formats import webp
-from tests.test_1_png import picture
+from tests.test_1_png import ELSEWHERE, picture
 
 LIMIT = 50.0
 EXIF = b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0"
@@ -91,6 +91,23 @@ def test_view_has_the_originals_size_chunks_and_alpha(name: str, tmp_path: Path)
         subprocess.run(["webpinfo", "-quiet", str(tmp_path / "view.webp")], check=True)
 
 
+def test_alpha_that_the_header_denies() -> None:
+    """Readers show it: they ask the pixels."""
+    data = bytearray(CASES["lossless with alpha and EXIF"])
+    at = data.index(b"VP8X") + 8
+    assert data[at] & 0x10
+    data[at] &= ~0x10
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.mode == "RGBA"
+        alpha = np.asarray(image)[:, :, 3]
+    split = formats.split(bytes(data), LIMIT)
+    view = formats.fit_view(split, rebuilt(split.pixels())).expand()
+    with Image.open(io.BytesIO(view)) as image:
+        assert image.mode == "RGBA"
+        assert np.array_equal(np.asarray(image)[:, :, 3], alpha)
+    assert alpha.min() < 255
+
+
 def test_scan_starts_at_a_round_offset_where_the_format_allows() -> None:
     split = formats.split(CASES["lossy with EXIF"], LIMIT)
     view = formats.fit_view(split, rebuilt(split.pixels(), 8))
@@ -136,6 +153,7 @@ def refused_files() -> Iterator[tuple[str, bytes, Reason]]:
     frames = webp_bytes(save_all=True, append_images=[picture("RGB", 200, 150).rotate(90)])
     yield "animated", frames, Reason.UNSUPPORTED_KIND
     yield "C2PA", with_chunks(extended, after=chunk(b"C2PA", b"jumb")), Reason.SIGNED
+    yield "a server keeps", with_chunks(extended, after=chunk(b"XMP ", ELSEWHERE)), Reason.SIGNED
     yield "VP8 version", good[:20] + bytes([good[20] | 2]) + good[21:], Reason.UNSUPPORTED_KIND
     yield "scaled", good[:27] + bytes([good[27] | 0x40]) + good[28:], Reason.UNSUPPORTED_KIND
     yield "shorter than", good[:-50], Reason.BROKEN

@@ -101,6 +101,7 @@ def has_tail(gallery: Gallery, name: str) -> bool:
     return recipe_format.length(gallery.pictures[name].recipe.suffix) >= TAIL
 
 
+@pytest.mark.slow
 def test_heads_and_tails_of_500_files_cost_no_network(
     mount: GalleryMount, gallery: Gallery, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -861,8 +862,9 @@ def test_memory_after_1000_files_and_the_time_to_mount(
     with capsys.disabled():
         shown = ", ".join(f"{seconds:.2f}" for seconds in times)
         print(f"\nmount to usable, of 2,000 files: {shown} s with a load of {os.getloadavg()[0]:.1f}")
-    # The promise is for an idle machine; a busy one gets more time, in proportion.
-    assert min(times) <= 0.5 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    # Half a second is the promise, on an idle machine of our day. On another one, it may be twice what Python takes
+    # there for the mount's modules alone.
+    assert min(times) <= max(0.5, 2 * min(_time_to_import() for _ in range(3)))
     mount.start()
     assert mount.process is not None
     fresh = rss(mount.process.pid)
@@ -881,6 +883,14 @@ def test_memory_after_1000_files_and_the_time_to_mount(
     maps = Path(f"/proc/{mount.process.pid}/maps").read_text()
     for name in ("torch", "numpy", "PIL"):
         assert name not in maps
+
+
+def _time_to_import() -> float:
+    """Seconds that Python takes for the serving process's modules, and for nothing else."""
+    command = [sys.executable, "-P", "-c", "import esrfs.mount.__main__"]
+    start = time.monotonic()
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}, cwd="/")
+    return time.monotonic() - start
 
 
 def _time_to_usable(mount: GalleryMount) -> float:
@@ -907,6 +917,7 @@ def _time_to_usable(mount: GalleryMount) -> float:
 # ---- a browser
 
 
+@pytest.mark.slow
 def test_a_browser_shows_views(
     mounted: Mounted, photographs: Path, needs: Callable[[str], str], tmp_path: Path
 ) -> None:

@@ -16,12 +16,14 @@ from typing import Literal as OneOf
 from esrfs.blob.recipe import JpegCoding
 from esrfs.blob.reference import without_fill
 from esrfs.compaction.outcome import Reason
+from esrfs.formats.signed import check_xmp
 from esrfs.formats.view import Unsupported
 
 SOI, EOI, SOS, DQT, DHT, DRI = 0xD8, 0xD9, 0xDA, 0xDB, 0xC4, 0xDD
-APP0, APP11, APP13, APP14, APP15, COM = 0xE0, 0xEB, 0xED, 0xEE, 0xEF, 0xFE
+APP0, APP1, APP11, APP13, APP14, APP15, COM = 0xE0, 0xE1, 0xEB, 0xED, 0xEE, 0xEF, 0xFE
 FILL = b"esrfs\0"
 """What the data of an APP13 segment of fill begin with."""
+_XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _SOF_NAMES = {
     0xC3: "lossless",
     0xC5: "hierarchical",
@@ -204,6 +206,9 @@ def _refuse_signed(segments: list[Segment]) -> None:
             "this JPEG carries JUMBF boxes (C2PA Content Credentials and the like), which sign its pixels; it stays"
         )
         raise Unsupported(Reason.SIGNED, message + " bit for bit", "jpeg")
+    for segment in segments:
+        if segment.marker == APP1 and segment.payload.startswith(_XMP):
+            check_xmp(segment.payload, "jpeg", "JPEG")
 
 
 def _frame(segments: list[Segment]) -> Segment:

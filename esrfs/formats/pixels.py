@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageFilter, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFilter, UnidentifiedImageError
 
 from esrfs.compaction.outcome import Reason
 from esrfs.formats.identify import identify
@@ -32,6 +32,17 @@ _SOFTENING_PIXELS = (0.35, 0.5, 0.7, 0.9, 1.2, 1.6, 2.2, 3.0)
 _BAND_ROWS = 256
 _BLURRED_ROWS, _BLUR_REACHES = 512, 16
 """Rows that are blurred at once, and how far a blur of the largest radius reaches, at most: 3 passes of 4."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes pixels upright, by EXIF's orientation."""
 
 DECODE_ERRORS = (
     OSError,
@@ -57,9 +68,12 @@ def check_dimensions(width: int, height: int, max_megapixels: float, kind: str) 
 
 
 def decode(data: bytes, max_megapixels: float) -> Pixels:
-    """See ``formats.decode``. JPEGs are decoded by simplejpeg, which gives what Pillow does, and takes 3 bytes a pixel
-    instead of 7."""
+    """See ``formats.decode``. JPEGs are decoded by simplejpeg, which gives what Pillow does, takes 3 bytes a pixel
+    instead of 7, and looks at no metadata: Pillow reads no JPEG whose colour profile or JFIF header is cut."""
     kind = identify(data)
+    if kind == "jpeg":
+        with contextlib.suppress(ValueError):  # damaged: Pillow shows what there is
+            return _jpeg(data, max_megapixels)
     if kind == "tiff":
         data = upright(data)
     try:
@@ -67,12 +81,8 @@ def decode(data: bytes, max_megapixels: float) -> Pixels:
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata; only pixels are asked for here
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 check_dimensions(*image.size, max_megapixels, kind or str(image.format).lower())
-                if image.format == "JPEG" and image.mode in ("L", "RGB"):
-                    with contextlib.suppress(ValueError):  # damaged: Pillow shows what there is
-                        pixels: Pixels = simplejpeg.decode_jpeg(
-                            data, "GRAY" if image.mode == "L" else "RGB", strict=True
-                        )
-                        return pixels
+                if kind == "tiff":
+                    image.getexif()[ExifTags.Base.Orientation] = 1  # it turns by what XMP says, too
                 return as_array(_eight_bit(image))
     except UnidentifiedImageError as error:
         if kind:
@@ -80,6 +90,33 @@ def decode(data: bytes, max_megapixels: float) -> Pixels:
         raise Unsupported(Reason.NOT_A_PICTURE, "this is no picture that can be decoded here", kind) from error
     except DECODE_ERRORS as error:
         raise Unsupported(Reason.BROKEN, f"the picture is damaged: {error}", kind) from error
+
+
+def shown_as(data: bytes) -> tuple[int, bytes]:
+    """What else tells how a picture looks that ``decode`` reads: EXIF's orientation (1: as stored) and its ICC profile
+    (empty: none)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                return image.getexif().get(ExifTags.Base.Orientation, 1), image.info.get("icc_profile") or b""
+    except DECODE_ERRORS:
+        return 1, b""
+
+
+def upright_image(image: Image.Image, orientation: int) -> Image.Image:
+    """``image`` as it is to be seen whose pixels are stored in this EXIF orientation."""
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def _jpeg(data: bytes, max_megapixels: float) -> Pixels:
+    """Raises ValueError for what Pillow is to look at: CMYK, damaged files."""
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    if colours not in ("Gray", "RGB", "YCbCr"):
+        raise ValueError(colours)
+    check_dimensions(width, height, max_megapixels, "jpeg")
+    pixels: Pixels = simplejpeg.decode_jpeg(data, "GRAY" if colours == "Gray" else "RGB", strict=True)
+    return pixels
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -17,6 +17,7 @@ import numpy as np
 from esrfs.compaction.outcome import Reason
 from esrfs.formats.colours import all_gray
 from esrfs.formats.pixels import check_dimensions
+from esrfs.formats.signed import check_xmp
 from esrfs.formats.view import Pixels, Unsupported
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -110,6 +111,8 @@ def parse(data: bytes, max_megapixels: float) -> Structure:
         if chunk.kind in (b"caBX", b"dSIG"):
             message = "this PNG is signed over its pixels (C2PA Content Credentials or dSIG); it stays bit for bit"
             raise Unsupported(Reason.SIGNED, message, "png")
+        if chunk.kind == b"iTXt":
+            check_xmp(chunk.data, "png", "PNG")
         if chunk.kind in _REFUSED:
             raise _passed(_REFUSED[chunk.kind])
     if bits == 16:
@@ -177,14 +180,15 @@ def _grays(bits: int, transparent: bytes | None) -> Colours:
     count = 1 << bits
     pixels = np.full((count, 4), 255, np.uint8)
     pixels[:, :3] = (np.arange(count) * (255 // (count - 1)))[:, None]
-    if transparent is not None and len(transparent) == 2 and (number := int.from_bytes(transparent, "big")) < count:
-        pixels[number, 3] = 0
+    if transparent is not None and len(transparent) == 2:
+        pixels[int.from_bytes(transparent, "big") % count, 3] = 0  # as in _key
     return Colours(pixels)
 
 
 def _key(transparent: bytes | None, samples: int) -> bytes:
-    """One byte of each sample; empty if no pixel can be meant."""
-    if transparent is None or len(transparent) != 2 * samples or any(transparent[::2]):
+    """One byte of each sample; empty if there is none. Of values that no sample can have libpng takes the low bits,
+    and other readers nothing: what is meant for the first stays as it is, and to the others it is a colour."""
+    if transparent is None or len(transparent) != 2 * samples:
         return b""
     return transparent[1::2]
 

@@ -7,20 +7,31 @@ tile is a JPEG (``tiff_jpeg``). Reduced pictures (thumbnails) may follow. RAW fi
 
 from __future__ import annotations
 
+import bisect
 import struct
 from dataclasses import dataclass
 
 from esrfs.compaction.outcome import Reason
+from esrfs.formats.signed import check_xmp
 from esrfs.formats.view import Unsupported
 
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 254, 256, 257, 258, 259, 262, 266
 _STRIP_OFFSETS, _ORIENTATION, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR, _PREDICTOR = 273, 274, 277, 278, 279, 284, 317
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES, _EXTRA, _FORMAT = 322, 323, 324, 325, 338, 339
 _JPEG_TABLES = 347
-_DNG = 50706
-_NUMBERS = {1: "B", 3: "H", 4: "I", 7: "B"}
-"""Types of entries that hold what is asked for here: byte, short, long, bytes without a meaning."""
+_XMP, _DNG, _C2PA = 700, 50706, 52545
+_NUMBERS = {1: "B", 3: "H", 4: "I", 7: "B", 13: "I"}
+"""Types of entries that hold what is asked for here: byte, short, long, bytes without a meaning, where
+a directory is."""
+_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
+"""Bytes of a value of each type of entry that there is."""
+_DIRECTORIES = (330, 34665, 34853, 40965)
+"""Entries that tell where further directories are: of pictures, Exif, GPS, interoperability."""
+_OTHER_PIXELS = ((_STRIP_OFFSETS, _STRIP_BYTES), (_TILE_OFFSETS, _TILE_BYTES), (513, 514))
+"""Of reduced pictures: where their strips, tiles or JPEG are, and their lengths."""
 _PAGES = 32
+_MOST_ENTRIES = 1 << 16
+"""Of all directories. A camera's hold some hundreds."""
 _MOST_VALUES = 1 << 18
 """Of an entry: strips of one row of a picture of 87,000 rows and three planes. (As Python's numbers they take 50 times
 the room, and the mount's process reads them, too.)"""
@@ -72,7 +83,8 @@ class Structure:
     part_height: int
     tiled: bool
     parts: list[tuple[int, int]]
-    """Offset and length in bytes of each strip or tile, in TIFF's order."""
+    """Offset and length in bytes of each strip or tile, in TIFF's order; of uncompressed ones no more than their pixels
+    take."""
     ycbcr: bool
     """Colours are luma and chroma: JPEG's."""
     tables: bytes
@@ -80,7 +92,7 @@ class Structure:
 
 
 def parse(data: bytes) -> Structure:
-    """Take a TIFF file apart. Raises Unsupported (UNSUPPORTED_KIND, BROKEN)."""
+    """Take a TIFF file apart. Raises Unsupported (UNSUPPORTED_KIND, SIGNED, BROKEN)."""
     try:
         return _parse(data)
     except struct.error as error:
@@ -152,6 +164,15 @@ def _parse(data: bytes) -> Structure:
         raise _passed("has tiles that reach far beyond its picture")
     expected = cover * (samples if planar else 1)
     _check_places(places, expected, len(data))
+    if compression == NONE:
+        # Some programs write the length of a whole strip for the last one, too, which then reaches into what follows.
+        row = part_width * (1 if planar else samples)
+        down = -(-height // part_height)
+        due = [part_height] * len(places)
+        if not tiled:
+            due[down - 1 :: down] = [height - (down - 1) * part_height] * (len(places) // down)
+        places = [(start, min(length, rows * row)) for (start, length), rows in zip(places, due, strict=True)]
+    _check_directories(data, order, places, width * height)
     return Structure(
         width=width,
         height=height,
@@ -220,6 +241,65 @@ def _check_places(places: list[tuple[int, int]], expected: int, size: int) -> No
         end = start + length
     if end > size:
         raise _broken("its pixels lie outside of the file")
+
+
+def _check_directories(data: bytes, order: str, places: list[tuple[int, int]], pixels: int) -> None:
+    """That no directory, none of its values and no other picture lies within the strips or tiles, which are written
+    anew as a whole: lengths in a file may be wrong, and decoders don't mind ones that are too large. And that no
+    directory holds a signature, or a picture of more pixels: then this one is a RAW file's, to be shown in lists."""
+    parts = sorted(places)
+    ends = [sum(part) for part in parts]
+
+    def check(start: int, length: int) -> None:
+        index = bisect.bisect_right(ends, start)
+        if index < len(parts) and parts[index][0] < start + length:
+            raise _passed("has metadata, or another picture, within its pixels")
+
+    first = struct.unpack_from(order + "I", data, 4)[0]
+    waiting, pages, seen, left = [first], {first}, set(), _MOST_ENTRIES
+    while waiting:
+        offset = waiting.pop()
+        if not offset or offset in seen:
+            continue
+        seen.add(offset)
+        try:
+            entries, following = _entries(data, offset, order)
+        except struct.error:
+            if offset in pages:
+                raise
+            continue  # an Exif directory that is not there, say: readers of pictures don't mind
+        if _C2PA in entries:
+            message = "this TIFF carries C2PA Content Credentials, which sign its pixels; it stays bit for bit"
+            raise Unsupported(Reason.SIGNED, message, "tiff")
+        if _WIDTH in entries and _HEIGHT in entries:
+            width, height = (_values(data, entries[tag], order)[0] for tag in (_WIDTH, _HEIGHT))
+            if width * height > pixels:
+                raise _passed("holds a small picture first, as RAW files do")
+        if offset in pages:  # nothing follows one of Exif, whatever some programs leave in that place
+            waiting.append(following)
+            pages.add(following)
+        count = struct.unpack_from(order + "H", data, offset)[0]
+        check(offset, 2 + 12 * count + 4)
+        left -= 1 + count
+        for place in range(offset + 2, offset + 2 + 12 * count, 12):
+            kind, number, value = struct.unpack_from(order + "HII", data, place + 2)
+            if (size := _SIZES.get(kind, 0) * number) > 4:
+                check(value, size)
+                if place == entries.get(_XMP):
+                    check_xmp(data[value : value + size], "tiff", "TIFF")
+        for tag in _DIRECTORIES:
+            if tag in entries:
+                found = _values(data, entries[tag], order)
+                left -= len(found)
+                waiting += found
+        for starts, lengths in _OTHER_PIXELS if offset != first else ():
+            if starts in entries and lengths in entries:
+                others = list(zip(*(_values(data, entries[tag], order) for tag in (starts, lengths)), strict=False))
+                left -= len(others)
+                for other in others:
+                    check(*other)
+        if left < 0:
+            raise _passed("has very many entries in its directories")
 
 
 def _broken(what: str) -> Unsupported:

@@ -32,6 +32,7 @@ from PIL import Image, features
 from esrfs.blob.recipe import Literal, Run, Span, WebpCoding
 from esrfs.compaction.outcome import Reason
 from esrfs.formats.pixels import DECODE_ERRORS, as_array, as_image, check_dimensions, softened
+from esrfs.formats.signed import check_xmp
 from esrfs.formats.view import (
     TAIL_BYTES,
     DoesNotFit,
@@ -58,8 +59,8 @@ _HEADER = 8
 _FILL = b"esRF"
 _SLACK = 64
 _MOST_CHUNKS = 1 << 16
-_ANIMATION, _ALPHA = 0x02, 0x10
-"""Flags in VP8X."""
+_ANIMATION = 0x02
+"""A flag in VP8X."""
 _PICTURE = (b"VP8 ", b"VP8L")
 
 
@@ -119,6 +120,9 @@ def split(data: bytes, max_megapixels: float) -> WebpSplit:
     if b"C2PA" in kinds:
         message = "this WebP carries C2PA Content Credentials, which sign its pixels; it stays bit for bit"
         raise Unsupported(Reason.SIGNED, message, "webp")
+    for chunk in chunks:
+        if chunk.kind == b"XMP ":
+            check_xmp(chunk.data, "webp", "WebP")
     extended = kinds[:1] == [b"VP8X"]
     if extended and len(chunks[0].data) != 10:
         raise _broken("its VP8X header is malformed")
@@ -141,7 +145,7 @@ def split(data: bytes, max_megapixels: float) -> WebpSplit:
         canvas = (_u24(chunks[0].data[4:7]) + 1, _u24(chunks[0].data[7:10]) + 1)
         if canvas != (width, height):
             raise _broken("its headers contradict each other")
-        transparent = bool(alpha) or (transparent and bool(chunks[0].data[0] & _ALPHA))
+        transparent = transparent or bool(alpha)  # readers see it also where VP8X denies it
     return WebpSplit(
         data=data,
         width=width,
