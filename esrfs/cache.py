@@ -6,6 +6,7 @@ eviction. The cache may fail in any way (full disk, damaged database, no permiss
 
 Two segments keep a scan (backup, indexer) from flushing what people look at: a view enters ``new`` (a quarter of the
 limit) and moves to ``kept`` when it is asked for again later. A scan reads each file once, so it only cycles ``new``.
+Where space on the disk is low, ``new`` is given up first, then the oldest of ``kept``, if that is enough.
 
 Threads: diskcache opens an SQLite connection for each thread, and a mount has hundreds, so one thread of our own
 talks to it. No lock is held while waiting for it.
@@ -200,11 +201,11 @@ class ViewCache:
                 continue
             with reader:
                 if key not in self._verified:
-                    # A power cut can leave a short or empty file behind a committed row.
-                    if hashlib.file_digest(reader, "sha256").hexdigest() != digest:
-                        log.warning("view cache: the copy of %s was damaged and is dropped; it will be rebuilt", key)
+                    damage = _damage_of(reader, digest)
+                    if damage:
+                        log.warning("view cache: the copy of %s %s; it is dropped, and will be rebuilt", key, damage)
                         segment.delete(key)
-                        return None
+                        continue
                     self._note_verified(key)
                 descriptor = os.dup(reader.fileno())
             if segment is self._new and self._is_wanted_again(key):
@@ -264,20 +265,23 @@ class ViewCache:
 
     def _make_room(self, segment: Any, size: int) -> bool:
         """Evict least recently used views until ``size`` more bytes fit the limit and leave the floor free."""
-        limit = segment.size_limit
-        if size > limit:
+        if size > segment.size_limit:
             return False
+        _shrink(segment, segment.size_limit - size)
+        missing = self._missing(size)
+        if missing > 0 and segment is self._new:
+            _shrink(segment, segment.volume() - missing)
+            missing = self._missing(size)
+        # What is kept longer goes where that is enough: if others fill the disk, it is of more use than one view more.
+        if 0 < missing <= self._kept.reset("size"):
+            _shrink(self._kept, self._kept.volume() - missing)
+            missing = self._missing(size)
+        return missing <= 0
+
+    def _missing(self, size: int) -> int:
+        """Bytes that must become free before ``size`` more leave the floor free."""
         space = os.statvfs(self._directory)
-        missing = self._free_floor + size - space.f_bavail * space.f_frsize
-        target = min(limit - size, segment.volume() - missing) if missing > 0 else limit - size
-        if target < 0:
-            segment.clear()
-        elif segment.volume() > target:
-            segment.reset("size_limit", target)
-            segment.cull()
-            segment.reset("size_limit", limit)
-        space = os.statvfs(self._directory)
-        return space.f_bavail * space.f_frsize >= self._free_floor + size
+        return self._free_floor + size - space.f_bavail * space.f_frsize
 
     def _store(self, key: str, view: BinaryIO, size: int, digest: str) -> Hit | None:
         if self._new is None or not self._make_room(self._new, size):
@@ -316,14 +320,14 @@ class ViewCache:
         return Hit(os.dup(value.descriptor), digest, in_memory=True)
 
     def drop(self, key: str) -> None:
-        """Forget one view: its photograph was deleted."""
+        """Forget one view: its photograph was deleted, or the disk gives its bytes no more."""
 
         def work() -> None:
+            self._verified.discard(key)
+            self._stored_at.pop(key, None)
             if self._kept is not None:
                 self._kept.delete(key)
                 self._new.delete(key)
-            self._verified.discard(key)
-            self._stored_at.pop(key, None)
 
         self._attempt("dropping a view", work, None)
 
@@ -361,3 +365,25 @@ class ViewCache:
 
         self._attempt("closing", work, None)
         self._thread.shutdown()
+
+
+def _shrink(segment: Any, target: int) -> None:
+    """Evict least recently used views until no more than ``target`` bytes are left, or no view."""
+    if target < 0:
+        segment.clear()
+    elif segment.volume() > target:
+        limit = segment.size_limit
+        segment.reset("size_limit", target)
+        try:
+            segment.cull()
+        finally:
+            segment.reset("size_limit", limit)
+
+
+def _damage_of(copy: io.BufferedReader, digest: str) -> str:
+    """What is wrong with a file that should have this sha256; empty if nothing is."""
+    try:
+        # A power cut can leave a short or empty file behind a committed row.
+        return "" if hashlib.file_digest(copy, "sha256").hexdigest() == digest else "was damaged"
+    except OSError as error:
+        return f"can't be read ({error})"

@@ -5,6 +5,7 @@ These are never under the mount: SQLite or a child process given a path inside i
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -16,14 +17,24 @@ def _private(directory: Path) -> Path:
     return directory
 
 
+def _private_if_possible(directory: Path) -> Path:
+    """On a disk that is full or read-only it is not there: all that lies in it can be done without, and who wants it
+    says so."""
+    with contextlib.suppress(OSError):
+        _private(directory)
+    return directory
+
+
 def state_directory(store_id: str) -> Path:
-    """The catalog and logs of the store with this id (hex): ``$XDG_STATE_HOME/esrfs/ID``, made 0700 if missing."""
-    return _private(platformdirs.user_state_path("esrfs") / store_id)
+    """The catalog and logs of the store with this id (hex): ``$XDG_STATE_HOME/esrfs/ID``, made 0700 if missing and
+    possible."""
+    return _private_if_possible(platformdirs.user_state_path("esrfs") / store_id)
 
 
 def cache_directory(store_id: str) -> Path:
-    """Rebuilt views of the store with this id (hex): ``$XDG_CACHE_HOME/esrfs/ID``, made 0700 if missing."""
-    return _private(platformdirs.user_cache_path("esrfs") / store_id)
+    """Rebuilt views of the store with this id (hex): ``$XDG_CACHE_HOME/esrfs/ID``, made 0700 if missing and
+    possible."""
+    return _private_if_possible(platformdirs.user_cache_path("esrfs") / store_id)
 
 
 def runtime_directory() -> Path:

@@ -24,14 +24,19 @@ FAST = ["quiet=3600"]
 
 def kill_mounts() -> None:
     """End the mounts that this process serves. Who waits for one of them gets an error then."""
-    pids: list[str] = []
-    for children in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # the thread has just ended
-            pids += children.read_text().split()
-    for pid in pids:
+    for pid in _children("self"):
         with contextlib.suppress(OSError):
             if b"mount\0--foreground" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(int(pid), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+
+
+def _children(pid: int | str) -> list[int]:
+    """Processes that this one's threads have started."""
+    found: list[int] = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has just ended
+            found += map(int, children.read_text().split())
+    return found
 
 
 class Mounted:
@@ -40,12 +45,13 @@ class Mounted:
     program = "esrfs.cli.main"
     """The module that is run."""
 
-    def __init__(self, base: Path, *, preset: str = "balanced", exclusive: bool = False) -> None:
+    def __init__(self, base: Path, *, preset: str = "balanced", patience: str = "low", exclusive: bool = False) -> None:
+        """With little patience a picture is stored much sooner; how few bytes it takes, other tests look at."""
         self.store = base / "store"
         self.path = base / "mount"
         self.log_path = base / "mount.log"
         self.path.mkdir(exist_ok=True)
-        self.config = init(str(self.store), policy=Policy(preset=preset), exclusive=exclusive).config
+        self.config = init(str(self.store), policy=Policy(preset=preset, patience=patience), exclusive=exclusive).config
         self.process: subprocess.Popen[bytes] | None = None
         self.expected: list[str] = []
         """Regular expressions of log lines that this test provokes."""
@@ -101,8 +107,7 @@ class Mounted:
 
     def engine_pids(self) -> list[int]:
         assert self.process is not None
-        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return [int(pid) for file in children for pid in file.read_text().split()]
+        return _children(self.process.pid)
 
     def clean_up(self) -> None:
         """Take down whatever is there, and fail for what the log says that nobody expected."""

@@ -129,11 +129,12 @@ def _compaction(original: bytes, threads: int) -> None:
     split = formats.split(original, policy.max_megapixels)
     stored = split.pixels()
     colour = np.ascontiguousarray(stored[:, :, : stored.shape[2] - 1] if stored.shape[2] in (2, 4) else stored)
+    opacity = None if split.kind == "jpeg" else compactor._opacity(formats.decode(original, policy.max_megapixels))
     del stored
     picture = compactor._Picture(colour, threads)
     del colour
     work = compactor._Compaction(
-        original, policy, gate.thresholds("small"), split, picture, threads, infer, job.checkpoint, b""
+        original, policy, gate.thresholds("small"), split, picture, opacity, threads, infer, job.checkpoint, b""
     )
     patience = replace(planner.PATIENCE["normal"], passes=2, speed=10, content=-math.inf)
     curve = Curve((Trial(30, 0.0, 1000),))

@@ -25,6 +25,8 @@ from esrfs.blob import container, recipe
 from esrfs.blob.recipe import JpegCoding, Literal, Recipe, Run, Scores
 from esrfs.cli import main, manual, mounting, paths, show
 from esrfs.cli.show import CommandError
+from esrfs.engine.client import Engine, EngineError
+from esrfs.engine.protocol import Lane
 from esrfs.exit_codes import ExitCode
 from esrfs.mount.options import OWN
 from esrfs.networks import registry
@@ -550,14 +552,36 @@ def test_check_deep_reports_a_view_that_can_not_be_rebuilt(esrfs, store, monkeyp
     compact(store, "a.jpg")
     reached = []
 
-    def rebuild(sha256, avif_recipe, avif):
-        reached.append(avif[4:8])
+    def rebuild(blob):
+        reached.append(blob.avif[4:8])
         raise TimeoutError("no answer")
 
     with open_store(str(store), readonly=True) as opened:
         report = check.check(opened, rebuild)
     assert (report.rebuilt, [finding.problem for finding in report.findings]) == (1, ["rebuild_failed"])
     assert reached == [b"ftyp"]
+
+
+def test_check_deep_gives_large_pictures_time(esrfs, store, monkeypatch):
+    """A picture that a slow machine works on for longer than a reader would wait is not damaged."""
+    compact(store, "a.jpg")
+    asked = []
+
+    class Slow:
+        def wait(self, seconds=120.0):
+            asked.append(seconds)
+            raise EngineError("the engine could not be started; the log says why")
+
+        def release(self):
+            asked.append("released")
+
+    def rebuild(engine, key, load, lane=Lane.INTERACTIVE, *, megapixels=0.0):
+        asked.append(megapixels)
+        return Slow()
+
+    monkeypatch.setattr(Engine, "rebuild", rebuild)
+    assert esrfs("check", store, "--deep")[0] == ExitCode.DAMAGE
+    assert asked == [pytest.approx(64 * 48 / 1e6), 3600.0, "released"]
 
 
 def test_a_store_whose_empty_folders_were_lost(esrfs, store):

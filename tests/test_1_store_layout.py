@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import resource
 import sqlite3
 import stat
 import threading
@@ -387,11 +388,31 @@ def test_a_catalog_of_another_version_is_begun_anew(database):
 
 
 def test_a_catalog_that_has_no_place_is_in_memory(tmp_path, expect_log):
-    expect_log("beginning a new one")
+    expect_log("in memory")
     catalog = Catalog(str(tmp_path / "missing" / "catalog.db"))
     catalog.put(ONE, BLOB)
     assert catalog.get(ONE) == BLOB
     catalog.close()
+
+
+def test_a_disk_that_takes_nothing_costs_no_catalog(database, expect_log):
+    """What it knows took hours to find out; the database is quite well."""
+    expect_log("in memory")
+    first = Catalog(database)
+    first.put(ONE, BLOB)
+    first.close()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        second = Catalog(database)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    second.put(structs_identity(0), BLOB)
+    assert second.get(structs_identity(0)) == BLOB
+    second.close()
+    third = Catalog(database)
+    assert [identity for identity, _ in third.entries()] == [ONE]
+    third.close()
 
 
 def test_threads_share_the_catalog(catalog):

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from esrfs.engine import tiles
-from esrfs.engine.lanes import Cancelled, Crossing
+from esrfs.engine.lanes import Cancelled, Crossing, Running
 from esrfs.engine.protocol import Lane
+from esrfs.engine.room import Turns
 from esrfs.engine.tiles import Crew
 from esrfs.networks import architectures, loading
 from esrfs.networks.loading import Network
@@ -123,3 +124,42 @@ def test_crew_lets_a_reader_overtake() -> None:
     assert order.count("c") == 10
     first = order.index("r")
     assert order[first : first + 5].count("r") >= 4  # at most one tile of compaction was already running
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["compaction", "turned compaction on the way"])
+def test_a_reader_does_not_wait_for_the_turn_of_a_compaction_that_waits_for_readers(turned: bool) -> None:
+    """A carried blob of more than 16 MP is rebuilt, memory is short, and somebody reads another large picture: neither
+    went on until the reader gave up."""
+    crew, crossing, turns = Crew(2), Crossing(), Turns(lambda: 1e9)
+    done: list[str] = []
+
+    def rebuild(job: Running, count: int, name: str) -> None:
+        with turns.taking(720e6, job):
+            crew.spread(job, [lambda: time.sleep(0.05)] * count)
+        job.leave()
+        done.append(name)
+
+    carried = crossing.enter(1, Lane.READ_AHEAD if turned else Lane.COMPACTION)
+    threads = [threading.Thread(target=rebuild, args=(carried, 40, "carried blob"), daemon=True)]
+    threads[0].start()
+    time.sleep(0.2)
+    threads.append(threading.Thread(target=rebuild, args=(crossing.enter(2, Lane.INTERACTIVE), 4, "read"), daemon=True))
+    threads[1].start()
+    time.sleep(0.2)
+    crossing.set_lane(1, Lane.COMPACTION)
+    for thread in reversed(threads):
+        thread.join(10)
+    assert done == ["read", "carried blob"]
+
+
+def test_a_job_that_changes_to_compaction_or_back_goes_on() -> None:
+    """Its tiles are then the other threads' work, who may be asleep."""
+    crew, crossing = Crew(1), Crossing()
+    job = crossing.enter(1, Lane.COMPACTION)
+    lanes = iter([Lane.INTERACTIVE, Lane.COMPACTION, Lane.READ_AHEAD])
+    spreading = threading.Thread(
+        target=crew.spread, args=(job, [lambda: crossing.set_lane(1, next(lanes, Lane.COMPACTION))] * 8), daemon=True
+    )
+    spreading.start()
+    spreading.join(10)
+    assert not spreading.is_alive()

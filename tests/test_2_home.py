@@ -10,6 +10,8 @@ import struct
 import tempfile
 import time
 import zlib
+from types import SimpleNamespace
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -26,7 +28,13 @@ from esrfs.blob.container import Blob
 from esrfs.blob.recipe import Recipe, Run, Scores
 from esrfs.blob.reference import key_of, reference
 from esrfs.compaction import homecoming
+from esrfs.compaction.outcome import Outcome, Policy, Verdict
+from esrfs.engine.client import Rebuilt
+from esrfs.engine.filevalue import of_bytes
+from esrfs.engine.protocol import Lane
 from esrfs.formats import jpeg_parse, scan
+from esrfs.upkeep.claims import Claim
+from esrfs.upkeep.compact import Workshop, _rebuilds
 
 KEY = key_of(b"k" * 32)
 
@@ -352,3 +360,27 @@ def test_the_last_note_counts() -> None:
     last = carried.find(said)
     assert last is not None
     assert last.avif == b"2" * 300
+
+
+def test_a_carried_blob_is_rebuilt_with_the_time_that_its_size_takes() -> None:
+    """The client takes a worker for hung by that. Here its view is another file than the one that came."""
+    recipe = msgspec.structs.replace(stored("JPEG")[1].recipe, width=16000, height=12000)
+    asked: list[object] = []
+
+    class Asked:
+        done = True
+
+        def rebuild(self, key: bytes, load: object, lane: Lane, *, megapixels: float) -> Asked:
+            asked.extend((lane, megapixels))
+            return self
+
+        def wait(self, seconds: float) -> Rebuilt:
+            return Rebuilt(of_bytes(b"view"), b"w" * 32, True)
+
+        def release(self) -> None:
+            asked.append("released")
+
+    workshop = cast(Workshop, SimpleNamespace(engine=Asked(), store=None))
+    outcome = Outcome(verdict=Verdict.COMPACTED, recipe=recipe_format.encode(recipe), avif=b"avif")
+    assert not _rebuilds(workshop, outcome, cast(Claim, SimpleNamespace(interrupted=False)), Policy())
+    assert asked == [Lane.COMPACTION, 192.0, "released"]

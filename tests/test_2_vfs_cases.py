@@ -1,4 +1,5 @@
-"""Cases of the vfs that random sequences don't reach: another program does something between two steps of an operation.
+"""Cases of the vfs that random sequences don't reach: another program does something between two steps of an operation,
+and disks that fail.
 
 The second program's step is put there by a hook in the system call before it.
 """
@@ -7,7 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
+import hashlib
 import os
+import signal
+import stat
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -16,11 +23,14 @@ import pytest
 
 from esrfs.cache import ViewCache
 from esrfs.engine.client import Engine
+from esrfs.store import metadata
 from esrfs.store.initialise import init
 from esrfs.store.layout import Store, open_store
 from esrfs.upkeep.claims import Claims
-from esrfs.vfs.filesystem import Filesystem
-from tests.test_2_vfs_operations import FakeEngine, make_blob
+from esrfs.vfs import native
+from esrfs.vfs.filesystem import Entry, Filesystem
+from esrfs.vfs.view import Content
+from tests.test_2_vfs_operations import SCAN, FakeEngine, make_blob
 
 
 class Place:
@@ -37,6 +47,10 @@ class Place:
         blob, view = make_blob(self._store, self._engine, number)
         (self.root / name).write_bytes(blob)
         return view
+
+    def rebuilt_from_now_on(self, view: bytes, otherwise: bytes) -> None:
+        """Another machine's engine does not repeat it exactly."""
+        self._engine.views[hashlib.sha256(view).digest()] = otherwise
 
     def open(self, name: str, flags: int = os.O_RDONLY) -> int:
         return self.fs.open(name, flags).number
@@ -220,3 +234,195 @@ def test_a_photograph_is_deleted_while_its_last_program_closes_it(
     place.fs.hide("photograph")
     assert kept == [blob]
     assert not (place.root / "photograph").exists()
+
+
+def test_a_blob_that_can_not_be_removed_costs_no_write(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    view = place.blob("photograph")
+    number = place.open("photograph", os.O_RDWR)
+
+    def fail(*_: object) -> bool:
+        raise OSError(errno.EIO, "a bad sector")
+
+    monkeypatch.setattr(metadata, "same_content", fail)
+    place.write(number, b"X")
+    place.write(number, b"Y")
+    place.fs.release(number)
+    assert (place.root / "photograph").read_bytes() == b"Y" + view[1:]
+    assert "could not be removed from staging" in caplog.text
+    caplog.clear()  # the record has the error, and with it the frames and the view in them
+
+
+# ---- the cache's disk
+
+
+@pytest.fixture
+def lose(place: Place, monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None]) -> Callable[[int], Content]:
+    """``lose(handle)``: from now on the disk does not give the rebuilt view that this handle reads."""
+    expect_log("the cache's disk does not give")
+
+    def lose(number: int) -> Content:
+        view = place.fs.handles.get(number).file.view
+        assert view is not None
+        content = view.content
+        assert content is not None
+        real = native.pread_into
+
+        def pread_into(descriptor: int, *arguments: int) -> int:
+            if descriptor == content.descriptor.number:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(descriptor, *arguments)
+
+        monkeypatch.setattr(native, "pread_into", pread_into)
+        return content  # as long as that lives, no other file has its number
+
+    return lose
+
+
+def test_a_view_that_the_cache_loses_is_rebuilt(place: Place, lose: Callable[[int], Content]) -> None:
+    view = place.blob("photograph")
+    first = place.open("photograph")
+    assert place.read(first) == view
+    lost = lose(first)
+    assert place.read(first) == view
+    second = place.open("photograph")
+    assert place.read(second) == view
+    assert place.fs.handles.get(second).file.view.content is not lost  # type: ignore[union-attr]
+    for number in (first, second):
+        place.fs.release(number)
+
+
+@pytest.mark.parametrize("how", ["unreadable", "short"])
+def test_the_first_write_to_a_view_that_the_cache_lost_is_to_all_of_it(
+    place: Place, tmp_path: Path, expect_log: Callable[[str], None], how: str
+) -> None:
+    """The plain file is a copy of the view: what was missing of that would be missing for good."""
+    expect_log("the cache's disk does not give")
+    view = place.blob("photograph")
+    first = place.open("photograph")
+    assert place.read(first) == view
+    place.fs.release(first)
+    place.fs._shared.recent.clear()
+    [cached] = (tmp_path / "cache").rglob("*.val")
+    if how == "short":
+        os.truncate(cached, 5000)
+    else:
+        cached.unlink()
+        cached.symlink_to("/proc/self/mem")  # where nothing is at address 0: EIO
+    writer = place.open("photograph", os.O_RDWR)
+    place.write(writer, b"X")
+    assert place.read(writer) == b"X" + view[1:]
+    place.fs.release(writer)
+
+
+def test_nobody_reads_bytes_of_two_reconstructions(
+    place: Place, lose: Callable[[int], Content], expect_log: Callable[[str], None]
+) -> None:
+    view = place.blob("photograph")
+    first = place.open("photograph")
+    assert place.read(first) == view
+    lost = lose(first)
+    other = view.replace(SCAN, SCAN[::-1])
+    assert other != view
+    place.rebuilt_from_now_on(view, other)
+    expect_log("was rebuilt to other bytes")
+    for _ in range(2):
+        with pytest.raises(OSError, match="Input/output error"):
+            place.read(first)
+    place.fs.release(first)
+    again = place.open("photograph")
+    assert place.read(again) == other
+    place.fs.release(again)
+    del lost
+
+
+def listing(fs: Filesystem) -> dict[str, Entry]:
+    number = fs.opendir("")
+    try:
+        return {entry.name: entry for entry in fs.readdir(number, True)}
+    finally:
+        fs.releasedir(number)
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, call: str, name: str | int, number: int) -> None:
+    """``os.<call>`` of this name, or descriptor, fails with this errno."""
+    real = getattr(os, call)
+
+    def refusing(path: Any, *arguments: Any, **named: Any) -> Any:
+        if path == name:
+            raise OSError(number, os.strerror(number), name)
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(os, call, refusing)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE])
+def test_a_size_that_can_not_be_known_is_not_guessed(
+    place: Place, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """tar, rsync and Samba would take the blob's size for the photograph's."""
+    views = {name: place.blob(name, i) for i, name in enumerate(("photograph", "other"))}
+    with monkeypatch.context() as patch:
+        refuse(patch, "open", "photograph", number)
+        with pytest.raises(OSError) as raised:
+            place.fs.stat("photograph")
+        assert raised.value.errno == number
+        found = listing(place.fs)
+    assert found.keys() == views.keys()
+    assert found["photograph"].attributes is None
+    assert stat.S_ISREG(found["photograph"].kind)
+    assert found["photograph"].inode == (place.root / "photograph").stat().st_ino
+    assert found["other"].size == len(views["other"])
+    assert listing(place.fs)["photograph"].size == len(views["photograph"])
+
+
+def test_what_is_not_ours_to_read_is_shown_as_it_is(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.blob("photograph")
+    refuse(monkeypatch, "open", "photograph", errno.EACCES)
+    assert place.fs.stat("photograph")[1] == (place.root / "photograph").stat().st_size
+    assert listing(place.fs)["photograph"].attributes is not None
+
+
+def test_a_program_with_a_write_lease_is_waited_for(place: Place) -> None:
+    """As a file server takes one for its client; the open that does not wait breaks it, but fails."""
+    view = place.blob("photograph")
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    descriptor = os.open(place.root / "photograph", os.O_RDWR)
+    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    letting_go = threading.Timer(0.3, os.close, [descriptor])
+    letting_go.start()
+    try:
+        assert place.fs.stat("photograph")[1] == len(view)
+    finally:
+        letting_go.join()
+        signal.signal(signal.SIGIO, before)
+
+
+def test_a_handle_whose_file_the_server_forgot_ends_all_the_same(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On NFS, when another machine deleted it. It would count as open, and be left out of compaction, for ever."""
+    (place.root / "file").write_bytes(bytes(128 + 13))  # as long as a blob may be
+    number = place.open("file", os.O_RDWR)
+    place.write(number, b"X")
+    refuse(monkeypatch, "fstat", place.fs.handles.get(number).descriptor, errno.ESTALE)
+    place.fs.release(number)
+    assert not place.fs.handles.is_open(((place.root / "file").stat().st_dev, (place.root / "file").stat().st_ino))
+
+
+@pytest.mark.parametrize("call", ["stat", "open"])
+def test_a_name_that_goes_while_it_is_listed_is_not_listed(
+    place: Place, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    place.blob("photograph")
+    (place.root / "other").touch()
+    refuse(monkeypatch, call, "photograph", errno.ENOENT)
+    with pytest.raises(FileNotFoundError):
+        place.fs.stat("photograph")
+    assert listing(place.fs).keys() == {"other"}
+
+
+def test_a_name_whose_inode_can_not_be_read_is_listed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mirror job would delete its copy of what is missing."""
+    place.blob("photograph")
+    refuse(monkeypatch, "stat", "photograph", errno.EIO)
+    assert listing(place.fs)["photograph"] == Entry("photograph", None, 0, 0, 0)

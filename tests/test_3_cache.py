@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -124,6 +125,45 @@ def test_the_floor_of_free_space_is_kept(tmp_path: Path) -> None:
     full.close()
 
 
+@contextlib.contextmanager
+def disk_of(size: int, directory: Path) -> Iterator[None]:
+    """A disk of so many bytes, on which there are the cached views and nothing else."""
+
+    def statvfs(_: object) -> SimpleNamespace:
+        return SimpleNamespace(f_bavail=size - sum(path.stat().st_size for path in values(directory)), f_frsize=1)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "statvfs", statvfs)
+        yield
+
+
+def test_where_the_cache_fills_the_disk_the_oldest_of_those_kept_longer_go_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else nothing new was cached until the owner emptied it."""
+    monkeypatch.setattr(cache_module, "PROMOTE_AFTER_SECONDS", -1.0)
+    cache = ViewCache(tmp_path / "views", size_limit=4_000_000, free_floor=4_000_000)
+    keys = []
+    for seed in range(25):
+        key, data = view(seed)
+        keys.append(key)
+        os.close(cache.put(key, data).descriptor)
+        assert holds(cache, key), "and is moved to those that are kept longer"
+    monkeypatch.setattr(cache_module, "PROMOTE_AFTER_SECONDS", 30.0)
+    key, data = view(100)
+    with disk_of(2_500_000, tmp_path / "views"):  # others took all that was free
+        os.close(cache.put(key, data).descriptor)
+        assert not holds(cache, key), "the cache could not make so much room"
+        assert all(holds(cache, each) for each in keys), "so nothing is given up for it"
+    with disk_of(6_550_000, tmp_path / "views"):
+        os.close(cache.put(key, data).descriptor)
+        assert holds(cache, key)
+    assert holds(cache, keys[-1])
+    assert not holds(cache, keys[0])
+    assert len(values(tmp_path / "views" / "kept")) == 15, "diskcache evicts ten at a time"
+    cache.close()
+
+
 def test_a_full_disk_means_no_cache_and_one_warning(
     cache: ViewCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
 ) -> None:
@@ -227,6 +267,29 @@ def test_a_damaged_copy_is_dropped_not_served(tmp_path: Path, request: pytest.Fi
     stored.write_bytes(data[: len(data) // 2])
     again = ViewCache(tmp_path / "views", free_floor=0)
     assert again.get(key) is None
+    again.close()
+
+
+def test_a_copy_that_the_disk_does_not_give_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Also from among those that are kept longer: else it hides the new copy."""
+    request.getfixturevalue("expect_log")("can't be read")
+    monkeypatch.setattr(cache_module, "PROMOTE_AFTER_SECONDS", -1.0)
+    first = ViewCache(tmp_path / "views", free_floor=0)
+    key, data = view(5)
+    os.close(first.put(key, data).descriptor)
+    assert holds(first, key)
+    first.close()
+    [stored] = values(tmp_path / "views" / "kept")
+    stored.unlink()
+    stored.symlink_to("/proc/self/mem")
+    again = ViewCache(tmp_path / "views", free_floor=0)
+    assert again.get(key) is None
+    os.close(again.put(key, data).descriptor)
+    hit = again.get(key)
+    assert hit is not None
+    assert read(hit.descriptor) == data
     again.close()
 
 

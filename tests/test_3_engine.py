@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from esrfs.compaction.outcome import Policy, Verdict
+from esrfs.engine import client, protocol
 from esrfs.engine.client import LATENCY_BOUNDS, Engine, EngineError, EngineSettings, Rebuilt, Ticket
 from esrfs.engine.protocol import Lane
 
@@ -257,6 +259,97 @@ def test_a_worker_that_is_busy_with_a_large_picture_is_not_killed_for_a_small_on
     assert engine.counters.restarts == 0
 
 
+@pytest.mark.parametrize("lane", [Lane.INTERACTIVE, Lane.READ_AHEAD])
+def test_a_job_that_is_stuck_is_noticed_while_the_worker_does_others(
+    make_engine: MakeEngine, expect_log: Callable[[str], None], lane: Lane
+) -> None:
+    """It took one of the places for readers until the next mount. It is known, so nobody waits while it is tried
+    again."""
+    expect_log("is stuck on one job|engine ended")
+    engine = make_engine(time_limit=1.0)
+    order(engine, "echo").wait(20)
+    stuck = order(engine, "hang 60", lane=lane)
+    deadline = time.monotonic() + 15
+    while not stuck.done:
+        assert time.monotonic() < deadline
+        assert order(engine, "echo", payload=b"z").wait(20).file.read() == b"z"
+        time.sleep(0.05)
+    with pytest.raises(EngineError, match="was stuck on this") as stuck_on_it:
+        stuck.wait()
+    assert stuck_on_it.value.ends == 1
+    assert engine.counters.restarts == 1
+    assert order(engine, "echo", payload=b"y").wait(20).file.read() == b"y"
+
+
+def test_a_job_that_gives_way_to_readers_for_long_is_not_stuck(make_engine: MakeEngine, tmp_path: Path) -> None:
+    engine = make_engine(time_limit=1.0)
+    order(engine, "echo").wait(20)
+    notes = tmp_path / "notes"
+    first, second = (order(engine, "hang .4") for _ in range(2))
+    ahead = order(engine, f"work {notes} .1", lane=Lane.READ_AHEAD)
+    for _ in range(12):
+        first.wait(20)
+        first, second = second, order(engine, "hang .4")
+    ahead.wait(20)
+    assert engine.counters.restarts == 0
+
+
+@pytest.mark.parametrize("name", ["engine-dispatcher", "engine-reader", "engine-stderr"])
+def test_a_thread_that_can_not_be_started_costs_one_job(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None], name: str
+) -> None:
+    """A limit on processes that is met once was the end of all reconstruction, until the next mount."""
+    expect_log("could not be started")
+    start, refused = threading.Thread.start, []
+
+    def refuse_once(thread: threading.Thread) -> None:
+        if thread.name == name and not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_once)
+    engine = make_engine()
+    with pytest.raises(EngineError, match="could not be started"):
+        order(engine, "echo", key=b"k").wait(20)
+    assert engine.state == "stopped"
+    assert not zombies_or_workers()
+    assert order(engine, "echo", key=b"k", payload=b"z").wait(20).file.read() == b"z"
+
+
+def test_an_engine_that_can_not_start_its_thread_is_closed_all_the_same(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    engine = make_engine()
+    engine.start()  # for the first reader, of whom there is none yet
+    with pytest.raises(EngineError, match="could not be started"):
+        order(engine, "echo")
+    engine.close()
+
+
+def test_an_error_in_the_dispatcher_costs_one_job(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("the engine's dispatcher")
+    engine = make_engine()
+    spawn, failed = client._spawn, []
+
+    def fail_once(device: client.Device, settings: EngineSettings) -> object:
+        if not failed:
+            failed.append(1)
+            raise MemoryError
+        return spawn(device, settings)
+
+    monkeypatch.setattr(client, "_spawn", fail_once)
+    with pytest.raises(EngineError, match="MemoryError"):
+        order(engine, "echo").wait(5)
+    assert order(engine, "echo", payload=b"z").wait(20).file.read() == b"z"
+
+
 def test_wait_times_out_and_release_cancels(make_engine: MakeEngine, tmp_path: Path) -> None:
     engine = make_engine()
     notes = tmp_path / "notes"
@@ -309,6 +402,57 @@ def test_demote_and_promote(make_engine: MakeEngine, tmp_path: Path) -> None:
     ticket = order(engine, "echo", lane=Lane.READ_AHEAD)
     ticket.wait()
     ticket.demote()  # when done: no effect
+
+
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[protocol.Request]:
+    """What is sent to workers from now on."""
+    messages: list[protocol.Request] = []
+    send = client._Worker.send
+
+    def note(worker: client._Worker, message: protocol.Request, payload: protocol.Payload = b"") -> None:
+        messages.append(message)
+        send(worker, message, payload)
+
+    monkeypatch.setattr(client._Worker, "send", note)
+    return messages
+
+
+def test_a_lane_that_changes_while_the_job_is_loaded_is_told(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = sent(monkeypatch)
+    engine = make_engine()
+    tickets: list[Ticket[Rebuilt]] = []
+
+    def load() -> tuple[bytes, bytes]:
+        wait_until(lambda: bool(tickets))
+        tickets[0].demote()
+        return b"hang .2", b"view"
+
+    tickets.append(engine.rebuild(b"key", load))
+    assert tickets[0].wait(20).file.read() == b"view"
+    assert [type(message) for message in messages] == [protocol.Rebuild, protocol.SetLane]
+    tickets.clear()  # which ``load`` refers to, and the result to that
+    assert [message.lane for message in messages] == [Lane.INTERACTIVE, Lane.READ_AHEAD]  # type: ignore[union-attr]
+
+
+def test_a_note_to_a_worker_that_ended_costs_no_other_note(make_engine: MakeEngine, tmp_path: Path) -> None:
+    """Its successor would go on with what nobody waits for, in the first readers' way."""
+    engine = make_engine()
+    notes = tmp_path / "notes"
+    ticket = order(engine, f"work {notes} 60")
+    wait_until(notes.exists)
+    worker = engine._worker
+    assert worker is not None
+    ended, other = socket.socketpair()
+    for each in (ended, other):
+        each.close()
+    with engine._lock:
+        engine._notes.append((client._Worker(worker.process, ended), protocol.Cancel(job=99)))
+        engine._notes.append((worker, protocol.Cancel(job=1)))
+        engine._changed.notify_all()
+    with pytest.raises(EngineError, match="cancelled"):
+        ticket.wait(5)
 
 
 def test_single_flight(make_engine: MakeEngine) -> None:

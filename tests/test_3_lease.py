@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 
+from esrfs.mount import lifecycle
+from esrfs.mount.options import parse
 from esrfs.store import lease as lease_module
+from esrfs.store import recovery
 from esrfs.store.errors import StoreError
 from esrfs.store.initialise import init
 from esrfs.store.layout import RESERVED, open_store
 from esrfs.store.lease import DEAD_SECONDS, HOLD_SECONDS, CompactorLease
+from tests.witness import wait_until
 
 
 @pytest.fixture
@@ -161,3 +169,65 @@ def test_the_line_is_rewritten_in_place(machine, root):
 def test_a_read_only_store_has_no_compactor(root):
     with open_store(str(root), readonly=True) as store, pytest.raises(StoreError, match="read-only"):
         CompactorLease(store)
+
+
+# ---- a mount that takes over
+
+
+@pytest.fixture
+def elsewhere(machine):
+    """The lease of another machine, which has it."""
+    one = machine("one")
+    assert one.acquire()
+    return one
+
+
+@pytest.fixture
+def mount(root, tmp_path, elsewhere, monkeypatch):
+    """A mount of that store, as far as it goes without FUSE; its thread looks after the lease all the time."""
+    monkeypatch.setattr(lifecycle, "RENEW_SECONDS", 0.01)
+    (tmp_path / "mount").mkdir()
+    with open_store(str(root)) as store, lifecycle.Mount(store, str(tmp_path / "mount"), parse([])) as mount:
+        thread = threading.Thread(target=mount._keep_lease)
+        mount.start_looking = thread.start
+        yield mount
+        mount._ending.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("a bug")])
+def test_a_takeover_is_one_when_what_was_left_is_ended(elsewhere, mount, monkeypatch, expect_log, error):
+    """A mount must not compact over what the one before left in the middle, nor give up on it."""
+    expect_log("the ledger can't be written" if isinstance(error, OSError) else "tried again")
+    assert not mount._is_compactor()
+    real, seen = recovery.recover, []
+
+    def recover(store):
+        seen.append(mount._is_compactor())
+        if len(seen) <= 3:
+            raise error
+        return real(store)
+
+    monkeypatch.setattr(recovery, "recover", recover)
+    mount.start_looking()
+    time.sleep(0.05)
+    assert seen == []
+    elsewhere.release()
+    wait_until(mount._is_compactor)
+    assert seen == [False] * 4
+    assert mount._compaction_state() == mount._scheduler.state
+    time.sleep(0.05)
+    assert len(seen) == 4, "once it is done it is done"
+
+
+def test_a_name_in_staging_that_is_no_text_stops_no_mount_and_is_told_once(root, tmp_path, caplog, expect_log):
+    expect_log("not put there by esrfs")
+    (tmp_path / "mount").mkdir()
+    with open_store(str(root)) as store:
+        strange = os.path.join(os.fsencode(root), b".esrfs/staging", store.host.encode(), b"IMG_\xff.jpg")
+        Path(os.fsdecode(strange)).touch()
+        with lifecycle.Mount(store, str(tmp_path / "mount"), parse([])) as mount:
+            mount._take_charge()
+            assert mount._recovered
+    assert len([message for message in caplog.messages if "IMG_" in message]) == 1
+    assert os.path.exists(strange)

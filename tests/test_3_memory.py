@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import resource
 import socket
@@ -27,8 +28,9 @@ from esrfs.compaction import compactor, lossless
 from esrfs.compaction.outcome import LOSSLESS, Outcome, Policy, Reason, Verdict
 from esrfs.engine import filevalue, handler, protocol, room
 from esrfs.engine.client import Engine, EngineError, EngineSettings
+from esrfs.engine.errors import JobFailedError
 from esrfs.engine.filevalue import FileValue
-from esrfs.engine.lanes import Crossing
+from esrfs.engine.lanes import Cancelled, Crossing, Running
 from esrfs.engine.protocol import ConnectionLostError, Lane
 from esrfs.networks import registry
 from esrfs.reconstruction import Pixels
@@ -102,7 +104,14 @@ def test_a_value_closes_its_file() -> None:
 # What the work on a picture takes.
 
 
-@pytest.mark.parametrize(("work", "most"), [("rebuild2", 190), ("rebuild1", 250), ("metric", 155)])
+@pytest.mark.parametrize(
+    ("work", "most"),
+    [
+        ("rebuild2", 190),
+        pytest.param("rebuild1", 250, marks=pytest.mark.slow),
+        pytest.param("metric", 155, marks=pytest.mark.slow),
+    ],
+)
 def test_peaks_of_24_megapixels(work: str, most: int) -> None:
     """MiB. Another copy of the picture would be 69 more, or 92. ``rebuild2`` doubles an AVIF of one piece, ``rebuild1``
     decodes one of cells."""
@@ -302,6 +311,19 @@ def test_room_is_that_of_the_system_and_of_the_unit(tmp_path: Path) -> None:
     assert room.available(proc, cgroups) == 1_500_000
 
 
+def test_room_is_that_of_the_container(tmp_path: Path) -> None:
+    """Docker and Podman give each its own view of the groups, of which its own is the root."""
+    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "self" / "cgroup").write_text("0::/\n")
+    cgroups.mkdir()
+    assert room.available(proc, cgroups) == float("inf")
+    (cgroups / "memory.max").write_text("3000000\n")
+    (cgroups / "memory.current").write_text("2000000\n")
+    (cgroups / "memory.stat").write_text("anon 7\ninactive_file 500000\n")
+    assert room.available(proc, cgroups) == 1_500_000
+
+
 def test_a_container_with_many_processors_and_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer threads, for each holds a tile: else nothing would ever be compacted there."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
@@ -311,43 +333,86 @@ def test_a_container_with_many_processors_and_little_memory(monkeypatch: pytest.
         assert handler.NetworkHandler("cpu", lambda _: b"").threads == threads
 
 
+def test_upscaling_takes_no_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = registry.enlarger("lite-x2").read_bytes()
+    work = handler.NetworkHandler("cpu", lambda _: weights)
+    request = protocol.Upscale(job=1, network_sha256=hashlib.sha256(weights).digest())
+    picture = io.BytesIO()
+    Image.new("RGB", (300, 200)).save(picture, "PNG")
+    job = Crossing().enter(1, Lane.READ_AHEAD)
+    assert work.upscale(request, picture.getvalue(), job)
+    monkeypatch.setattr(room, "available", lambda: 2e6)
+    with pytest.raises(JobFailedError, match="of memory"):
+        work.upscale(request, picture.getvalue(), job)
+
+
 class _Reading(threading.Thread):
     """A reconstruction that takes ``needed`` bytes, and ends when it is told."""
 
-    def __init__(self, turns: room.Turns, needed: float) -> None:
+    def __init__(self, turns: room.Turns, needed: float, job: Running) -> None:
         super().__init__(daemon=True)
         self.turns = turns
         self.needed = needed
-        self.wanted = True
-        self.begun, self.end = threading.Event(), threading.Event()
+        self.job = job
+        self.begun, self.end, self.given_up = threading.Event(), threading.Event(), threading.Event()
         self.start()
 
     def run(self) -> None:
-        with self.turns.taking(self.needed, lambda: self.wanted):
-            self.begun.set()
-            assert self.end.wait(60)
+        try:
+            with self.turns.taking(self.needed, self.job):
+                self.begun.set()
+                assert self.end.wait(60)
+        except Cancelled:
+            self.given_up.set()
 
 
 def test_large_reads_take_turns_where_memory_is_short() -> None:
     free = [5e9]
-    turns = room.Turns(lambda: free[0])
-    first = _Reading(turns, 9e9)
+    turns, crossing = room.Turns(lambda: free[0]), Crossing()
+    numbers = itertools.count(1)
+
+    def read(needed: float, lane: Lane = Lane.INTERACTIVE) -> _Reading:
+        return _Reading(turns, needed, crossing.enter(next(numbers), lane))
+
+    first = read(9e9)
     assert first.begun.wait(30), "who is alone goes ahead, whatever there is"
-    second, third = _Reading(turns, 1e9), _Reading(turns, 1e9)
+    second, third = read(1e9), read(1e9)
     assert not second.begun.wait(1.5)
     assert not third.begun.is_set()
-    third.wanted = False
-    assert third.begun.wait(30), "nobody waits for it any more: it is not to hold up a thread"
+    crossing.cancel(third.job.number)
+    assert third.given_up.wait(30), "nobody waits for it any more: it is not to hold up a thread"
     first.end.set()
     assert second.begun.wait(30)
     free[0] = 20e9
-    fourth = _Reading(turns, 9e9)
+    fourth = read(9e9)
     assert fourth.begun.wait(30), "there is room for both"
-    for each in (second, third, fourth):
+    for each in (second, fourth):
         each.end.set()
     for each in (first, second, third, fourth):
         each.join(30)
-    assert turns._taken == []
+    assert turns._taken == {}
+
+
+def test_beside_a_large_compaction_readers_take_turns_where_memory_is_short() -> None:
+    """It waits for them and not they for it (``test_1_tiles`` shows why), but they wait for each other."""
+    turns, crossing = room.Turns(lambda: 5e9), Crossing()
+    compaction = _Reading(turns, 9e9, crossing.enter(1, Lane.COMPACTION))
+    assert compaction.begun.wait(30)
+    ahead = _Reading(turns, 9e9, crossing.enter(2, Lane.READ_AHEAD))
+    assert ahead.begun.wait(30)
+    reader = _Reading(turns, 9e9, crossing.enter(3, Lane.INTERACTIVE))
+    other = _Reading(turns, 9e9, crossing.enter(4, Lane.COMPACTION))
+    assert not reader.begun.wait(1.5)
+    ahead.end.set()
+    assert reader.begun.wait(30)
+    reader.end.set()
+    reader.join(30)
+    assert not other.begun.wait(1), "the other compaction has its turn still"
+    compaction.end.set()
+    assert other.begun.wait(30)
+    other.end.set()
+    for each in (compaction, ahead, other):
+        each.join(30)
 
 
 def test_two_large_reads_at_once_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,6 +452,7 @@ class _Recipe:
 
     def __init__(self, width: int, height: int) -> None:
         self.width, self.height = width, height
+        self.megapixels = width * height / 1e6
 
 
 # Pictures that claim to be large.

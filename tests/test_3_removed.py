@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
@@ -15,6 +17,7 @@ from esrfs.store import recovery
 from esrfs.store.initialise import init
 from esrfs.store.layout import Store, open_store
 from esrfs.upkeep.claims import Claims
+from esrfs.vfs import removed
 from esrfs.vfs.creating import Caller
 from esrfs.vfs.filesystem import Filesystem
 
@@ -85,3 +88,48 @@ def test_a_crash_between_hiding_and_replacing_loses_nothing(
         assert kept.read_text() == "content"
         assert os.listdir(again.staging_fd) == []
     fs.close()  # its thread finds no staging any more, which a killed process would not live to see
+
+
+def test_without_a_thread_names_are_let_go_of_later(
+    fs: Filesystem, monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None]
+) -> None:
+    """The name is gone when the thread is wanted, so the deletion succeeded; the next one, or the end, clears up."""
+    expect_log("take up room in staging")
+    start, refusing = threading.Thread.start, [True]
+
+    def refuse(thread: threading.Thread) -> None:
+        if refusing and thread.name == "esrfs-removed":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(removed, "_LIFE_SECONDS", 0.0)
+    numbers = [create(fs, name, "content") for name in ("first", "second", "third")]
+    fs.hide("first")
+    assert not Path(fs.store.path, "first").exists()
+    assert len(os.listdir(fs.store.staging_fd)) == 1
+    refusing.clear()
+    fs.hide("second")
+    deadline = time.monotonic() + 5
+    while os.listdir(fs.store.staging_fd):
+        assert time.monotonic() < deadline, "nobody cleared up"
+        time.sleep(0.01)
+    for number in numbers:
+        fs.release(number)
+    fs.close()
+
+
+def test_the_end_clears_up_without_a_thread(
+    fs: Filesystem, monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("take up room in staging")
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    number = create(fs, "target", "content")
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    fs.hide("target")
+    fs.release(number)
+    fs.close()
+    assert os.listdir(fs.store.staging_fd) == []

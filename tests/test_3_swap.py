@@ -6,6 +6,7 @@ own. What others do is done in the middle of a step, from the fault point, behin
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -534,9 +535,115 @@ def test_what_recovery_can_not_explain_is_put_aside_and_never_deleted(place):
     (host / "strange").write_bytes(b"?")
     report = recovery.recover(place.store)
     assert len(report.found) == 2
-    assert len(report.messages) == 1
     assert sorted(place.found()) == sorted([ORIGINAL, b"?"])
     assert place.staged() == []
+
+
+def test_what_the_ledger_can_not_name_is_left_alone(place):
+    host = os.fsencode(place.root / RESERVED / "staging" / place.store.host)
+    names = [b"IMG_\xff.jpg", f"{place.store.session}.blob.{'0' * 14}".encode() + b"\xff\xfe", b"x" * 255]
+    for name in names:
+        Path(os.fsdecode(host + b"/" + name)).write_bytes(b"?")
+    for _ in range(2):
+        report = recovery.recover(place.store)
+        assert sorted(map(os.fsencode, report.left)) == sorted(names)
+        assert (report.found, report.problems) == ([], [])
+    assert sorted(os.listdir(host)) == sorted(names)
+    assert [one.problem for one in check.check(place.store).findings] == ["unknown_file"] * 3
+
+
+def fails_with(number: int, names: list[str]) -> Callable[..., int]:
+    """An os.open that doesn't open these."""
+    really = os.open
+
+    def opens(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if path in names:
+            raise OSError(number, os.strerror(number), path)
+        return really(path, flags, mode, dir_fd=dir_fd)
+
+    return opens
+
+
+PASSING = [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE]
+
+
+@pytest.mark.parametrize("number", PASSING)
+def test_a_file_that_can_not_be_opened_just_now_is_not_taken_for_another(place, monkeypatch, number):
+    fd, name = staging.create(place.store, "blob")
+    known = metadata.mark(fd)
+    os.close(fd)
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.os, "open", fails_with(number, [name]))
+        with pytest.raises(OSError, match=os.strerror(number)):
+            staging.discard(place.store, name, known)
+    assert (place.staged(), place.found()) == ([name], [])
+    assert staging.discard(place.store, name, known) is None
+    assert place.staged() == place.found() == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EIO])
+def test_a_handle_that_is_not_to_be_had_just_now_is_not_taken_for_none(place, monkeypatch, number):
+    fd, name = staging.create(place.store, "blob")
+    known = metadata.mark(fd)
+    os.close(fd)
+
+    def fails(*_: object) -> int:
+        ctypes.set_errno(number)
+        return -1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(linux._libc, "name_to_handle_at", fails)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            staging.discard(place.store, name, known)
+    assert (place.staged(), place.found()) == ([name], [])
+
+
+def test_what_took_the_place_of_a_staging_file_is_put_aside(place):
+    fd, name = staging.create(place.store, "blob")
+    known = metadata.mark(fd)
+    os.close(fd)
+    host = place.root / RESERVED / "staging" / place.store.host
+    (host / name).unlink()
+    (host / name).symlink_to("elsewhere")
+    aside = staging.discard(place.store, name, known)
+    assert aside is not None
+    assert os.readlink(place.root / RESERVED / "originals" / aside) == "elsewhere"
+
+
+@pytest.mark.parametrize("closed", ["staged", "named"])
+@pytest.mark.parametrize(
+    ("step", "point"),
+    [
+        ("swap", "swap.intended"),
+        ("swap", "swap.exchanged"),
+        ("plain", "plain.exchanged"),
+        ("in_place", "plain.in_place.chunk"),
+    ],
+)
+def test_a_step_whose_files_can_not_be_opened_just_now_waits_for_the_next_recovery(
+    place, monkeypatch, closed, step, point
+):
+    if step != "swap":
+        place.put_blob()
+    run_killed(place, step, point, place.blob if step == "swap" else VIEW)
+    before, staged = place.file.read_bytes(), place.staged()
+    really_beneath = recovery.beneath
+
+    def beneath(root_fd: int, path: str, flags: int, mode: int = 0) -> int:
+        if flags & os.O_RDWR and closed == "named":
+            raise OSError(errno.EMFILE, "no descriptor left", path)
+        return really_beneath(root_fd, path, flags, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            recovery.os, "open", fails_with(errno.EMFILE, names=staged if closed == "staged" else ["photo.jpg"])
+        )
+        patch.setattr(recovery, "beneath", beneath)
+        assert len(recovery.recover(place.store).problems) == 1
+    assert (place.file.read_bytes(), place.staged(), place.found()) == (before, staged, [])
+    report = recover_twice(place)
+    assert report.problems == []
+    assert place.file.read_bytes() == {"swap.intended": ORIGINAL, "swap.exchanged": place.blob}.get(point, VIEW)
 
 
 # ---- what others do in the middle of it
@@ -903,9 +1010,9 @@ def another_host(place, monkeypatch):
     with ExitStack() as opened:
 
         def look() -> Place:
-            monkeypatch.setattr(layout.socket, "gethostname", lambda: "another")
-            store = opened.enter_context(open_store(str(place.root)))
-            monkeypatch.undo()
+            with monkeypatch.context() as there:  # undo() would take the test's own XDG directories back, too
+                there.setattr(layout.socket, "gethostname", lambda: "another")
+                store = opened.enter_context(open_store(str(place.root)))
             return Place(place.root, store, place.blob)
 
         yield look
@@ -1103,6 +1210,54 @@ def test_a_full_disk_while_materialising_leaves_the_blob(place, at_point, point,
         assert point not in reached
         assert place.file.read_bytes() == VIEW
     assert metadata_of(place.file) == before
+
+
+@pytest.mark.parametrize("path", ["sub/photo.jpg", None])
+def test_what_is_left_in_staging_undoes_no_write(place, monkeypatch, expect_log, path):
+    """The plain file has the name: a program that is told of an error, and tries again, must not write elsewhere."""
+    expect_log("could not be removed from staging")
+    place.put_blob()
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "a bad sector")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metadata, "same_content", fail)
+        patch.setattr(staging, "remove", fail)
+        assert place.materialise(path=path) == VIEW
+    assert len(place.staged()) == 1
+    place.file.write_bytes(b"changed by the program")
+    place.store.close()
+    with open_store(str(place.root)) as store:
+        recovery.recover(store)
+    assert place.file.read_bytes() == b"changed by the program"
+    assert place.staged() == place.found() == []
+
+
+def test_a_blob_that_lost_its_name_is_not_written_to(place, monkeypatch):
+    """Where neither the exchange nor its undoing could be ended, the blob lies in staging: nobody would find there what
+    a program writes."""
+    place.put_blob()
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "the disk fails")
+
+    blob_fd = os.open(place.file, os.O_RDONLY)
+    with monkeypatch.context() as patch:
+        patch.setattr(plain.exchange, "take_back", fail)
+        patch.setattr(metadata, "difference", fail)
+        with pytest.raises(OSError, match="the disk fails"):
+            plain.materialise(place.store, "sub/photo.jpg", blob_fd, lambda fd: write_all(fd, VIEW))
+    assert place.file.read_bytes() == VIEW
+    with pytest.raises(OSError, match="open it again"):
+        plain.materialise(place.store, "sub/photo.jpg", blob_fd, lambda fd: write_all(fd, VIEW))
+    assert os.pread(blob_fd, 1 << 24, 0) == place.blob
+    os.close(blob_fd)
+    place.store.close()
+    with open_store(str(place.root)) as store:
+        recovery.recover(store)
+    assert place.file.read_bytes() == VIEW
+    assert place.staged() == []
 
 
 def test_a_view_that_can_not_be_written_leaves_the_blob(place):

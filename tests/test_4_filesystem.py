@@ -731,6 +731,24 @@ def test_removing_while_listing(twin: Twin) -> None:
     assert not twin.stored.exists()
 
 
+def test_one_file_that_can_not_be_read_does_not_hide_the_others(unmounted: Mounted) -> None:
+    names = {"a.jpg", "unreadable.jpg", "z.jpg", "folder"}
+    for name in names - {"folder"}:
+        (unmounted.store / name).write_bytes(bytes(128 + 13))  # as long as a blob may be
+    (unmounted.store / "folder").mkdir()
+    unmounted.program = "tests.unreadable_mount"
+    unmounted.start()
+    with os.scandir(unmounted.path) as entries:
+        kinds = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
+    assert kinds == {name: name == "folder" for name in names}
+    ls = subprocess.run(["ls", "-l", unmounted.path], capture_output=True, text=True, check=False)
+    assert sum(" 141 " in line and ".jpg" in line for line in ls.stdout.splitlines()) == 2
+    assert ls.returncode == 1
+    assert "unreadable.jpg': Input/output error" in ls.stderr
+    with pytest.raises(OSError, match="Input/output error"):
+        (unmounted.path / "unreadable.jpg").stat()
+
+
 def test_the_reserved_directory_is_not_there(mount: Mounted) -> None:
     root = mount.path
     inside = root / ".esrfs" / "store.toml"
@@ -1032,9 +1050,19 @@ def test_a_mount_of_an_ordinary_user(needs: Callable[[str], str]) -> None:
         finally:
             run(*esrfs, "umount", str(base / "mount"))
         assert (base / "store" / "dir" / "moved").read_text() == "text\n"
+        # fusermount3 refuses directories that the user can't write to, as init leaves this one.
+        run("sh", "-e", "-c", "mkdir photos; echo text > photos/file")
+        run(*esrfs, "init", "--in-place", "photos")
+        assert (base / "photos").stat().st_mode & 0o777 == 0o555
+        for _ in range(2):
+            run(*esrfs, "mount", str(base / ".photos.esrfs"), str(base / "photos"))
+            assert run("cat", "photos/file").stdout == "text\n"
+            run(*esrfs, "umount", str(base / "photos"))
+            assert (base / "photos").stat().st_mode & 0o777 == 0o555
     finally:
-        subprocess.run(["umount", "-l", base / "mount"], capture_output=True, check=False)
-        subprocess.run(["chattr", "-i", base / "mount"], capture_output=True, check=False)
+        for mountpoint in (base / "mount", base / "photos"):
+            subprocess.run(["umount", "-l", mountpoint], capture_output=True, check=False)
+            subprocess.run(["chattr", "-i", mountpoint], capture_output=True, check=False)
         shutil.rmtree(base)
 
 

@@ -146,6 +146,7 @@ def test_what_programs_write_around_the_pixels(mount: GalleryMount, gallery: Gal
             path.unlink()
 
 
+@pytest.mark.slow
 def test_ten_generations_of_edits(mount: GalleryMount, needs: Needs) -> None:
     path = mount.path / "photo.jpg"
     before, picture = path.read_bytes(), avif(mount, "photo.jpg")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.mounting import Mounted, exiftool, kill_mounts
+from esrfs import config, control
+from esrfs.mount import lifecycle
+from tests.mounting import FAST, Mounted, exiftool, kill_mounts
+from tests.witness import wait_until
 
 pytestmark = pytest.mark.mount
 
@@ -47,6 +53,39 @@ def test_the_mount_process_stays_small_and_without_torch(mounted: Mounted, photo
     assert "numpy" not in maps
 
 
+def test_bursts_of_readers_leave_nothing_in_memory(mounted: Mounted) -> None:
+    """For each libfuse starts threads, and ends most of them again."""
+
+    def memory() -> int:
+        assert mounted.process is not None
+        status = Path(f"/proc/{mounted.process.pid}/status").read_text()
+        return 1024 * int(status.partition("VmRSS:")[2].split()[0])
+
+    def burst() -> None:
+        barrier = threading.Barrier(32)
+
+        def read() -> None:
+            barrier.wait(60)
+            for number in range(4):
+                (mounted.path / str(number)).read_bytes()
+
+        readers = [threading.Thread(target=read) for _ in range(32)]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+
+    for number in range(4):
+        (mounted.path / str(number)).write_bytes(bytes(4096))
+    for _ in range(10):
+        burst()
+    before = memory()
+    for _ in range(100):
+        burst()
+        time.sleep(0.01)
+    assert memory() - before < 2 << 20
+
+
 def test_views_are_the_same_after_cache_clear_and_remount(mounted: Mounted, photographs: Path) -> None:
     shutil.copy(photographs / "astronaut.jpg", mounted.path)
     mounted.compact()
@@ -74,6 +113,32 @@ def test_a_killed_mount_is_no_empty_directory_and_is_mounted_again(mounted: Moun
     assert mounted.path.stat().st_mode & 0o777 == 0o755, "a clean end leaves the directory as it was"
 
 
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_a_state_directory_that_takes_nothing_stops_no_mount(unmounted: Mounted, tmp_path: Path, how: str) -> None:
+    """Full: of a store that was mounted before. Read-only: of one that never was, so that there is no directory."""
+    state = tmp_path / ".xdg" / "state"
+    state.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", state], check=False).returncode:
+        pytest.skip("this user can't mount a tmpfs")
+    try:
+        if how == "full":
+            unmounted.start()
+            unmounted.stop()
+            with contextlib.suppress(OSError), open(state / "filler", "wb", buffering=0) as filler:
+                while filler.write(bytes(4096)):
+                    pass
+        else:
+            subprocess.run(["mount", "-o", "remount,ro", state], check=True)
+        unmounted.expected += ["store.catalog: ", "stays as it is, with nothing to keep programs from writing"]
+        unmounted.start()
+        (unmounted.path / "file").write_text("text")
+        assert (unmounted.store / "file").read_text() == "text"
+        unmounted.stop()
+        (unmounted.path / "file").touch()  # it is writable as before
+    finally:
+        subprocess.run(["umount", "-l", state], check=True)
+
+
 def test_background_mount_and_umount_by_command(unmounted: Mounted) -> None:
     esrfs = [sys.executable, "-m", "esrfs.cli.main"]
     subprocess.run([*esrfs, "mount", str(unmounted.store), str(unmounted.path)], check=True, timeout=30)
@@ -90,6 +155,38 @@ def test_background_mount_and_umount_by_command(unmounted: Mounted) -> None:
     subprocess.run([*esrfs, "umount", str(unmounted.path)], check=True, timeout=30)
     assert os.listdir(unmounted.path) == []
     assert (unmounted.store / "file").read_text() == "text"
+
+
+def in_background(mounted: Mounted, ready_fd: int, patch: str = "") -> None:
+    """As ``esrfs mount`` starts it, with what ``patch`` does first."""
+    script = f"import sys\nfrom esrfs.mount import lifecycle\n{patch}\nlifecycle.serve_in_background(sys.argv[1:])"
+    mounted.process = subprocess.Popen(
+        [sys.executable, "-c", script, str(mounted.store), str(mounted.path), *FAST],
+        env={**os.environ, lifecycle.READY_FD_VARIABLE: str(ready_fd)},
+        pass_fds=[ready_fd],
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def test_a_mount_whose_starter_was_killed_does_all_its_work(unmounted: Mounted) -> None:
+    """Ctrl-C, while it was not yet ready."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    in_background(unmounted, writer)
+    os.close(writer)
+    wait_until(lambda: control.find(unmounted.config.id, str(unmounted.path)) is not None)
+    wait_until(lambda: unmounted.status()["compaction"] == "running")
+
+
+def test_a_thread_that_ends_by_a_bug_is_in_the_log(unmounted: Mounted) -> None:
+    reader, writer = os.pipe()
+    in_background(unmounted, writer, "lifecycle.Mount._keep_lease = lambda self: 1 / 0")
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        assert json.loads(pipe.read()) == {"ready": True}
+    log = config.state_directory(unmounted.config.id) / "mount.log"
+    wait_until(lambda: "ZeroDivisionError" in log.read_text())
+    assert "esrfs-lease" in log.read_text()
 
 
 def test_mount_refuses_what_would_hide_files(unmounted: Mounted) -> None:

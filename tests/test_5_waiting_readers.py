@@ -78,6 +78,7 @@ def end(readers: subprocess.Popen[str]) -> None:
     readers.stdout.close()
 
 
+@pytest.mark.slow
 def test_300_waiting_readers_stop_nobody_and_sigterm_ends_them(mount: GalleryMount, gallery: Gallery) -> None:
     """sshfs and rclone stand still when as many reads wait as there are threads (10 in libfuse); a path lock of
     libfuse's high-level API blocks rename and unlink as soon as one read waits."""

@@ -41,16 +41,6 @@ _PANEL = 560
 _DETAIL = 140
 """Pixels of the original, in both directions, that the lower row shows enlarged."""
 _LABEL = 44
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What to do for each EXIF orientation."""
 
 
 def main() -> int:
@@ -212,6 +202,8 @@ def _table(rows: list[dict[str, Any]], photographs: Path) -> None:
 
 def _draw(original: Path, blob: Path, view: Path) -> Image.Image:
     """Three panels side by side, and below them the same detail of each, enlarged."""
+    from esrfs.formats import pixels  # noqa: PLC0415 (numpy)
+
     named = [("original", original), ("blob, as it is stored", blob), ("view, as the mount shows it", view)]
     with Image.open(original) as opened:
         orientation = opened.getexif().get(0x0112, 1)
@@ -221,9 +213,7 @@ def _draw(original: Path, blob: Path, view: Path) -> Image.Image:
     full_width, corner = 0, (0.0, 0.0)
     for column, (name, path) in enumerate(named):
         with Image.open(path) as opened:
-            image: Image.Image = opened.convert("RGB")
-        if orientation in _UPRIGHT:  # the blob has no EXIF of its own
-            image = image.transpose(_UPRIGHT[orientation])
+            image = pixels.upright_image(opened.convert("RGB"), orientation)  # the blob has no EXIF of its own
         if not full_width:
             full_width, corner = image.width, _liveliest(image)
         # The blob's panel is smaller as its picture is: that is what is stored.

@@ -114,8 +114,10 @@ def _errors(source: str) -> Iterator[None]:
         raise CommandError(str(error), ExitCode.BUSY) from error
     except (NotMounted, DestinationLost) as error:
         raise CommandError(str(error), ExitCode.NOT_MOUNTED) from error
-    except (NoRoom, JournalError) as error:
+    except NoRoom as error:
         raise CommandError(str(error), ExitCode.FAILED) from error
+    except JournalError as error:
+        raise CommandError(f"{error}; give the command again", ExitCode.FAILED) from error
     except NotADirectoryError as error:
         raise CommandError(f"{error.filename or source}: is not a folder; nothing was done", ExitCode.FAILED) from error
 
@@ -145,7 +147,7 @@ def _migrate(work: once.Once, then: Then, even_if_mirrored: bool, as_json: bool,
     with _bar("Migrating", work, stop) as tell:
         try:
             report = work.migrate(then.value, even_if_mirrored=even_if_mirrored, tell=tell)
-        except (Stopped, NoRoom, DestinationLost) as end:
+        except (Stopped, NoRoom, DestinationLost, JournalError) as end:
             _show_report(work.report, then, time.monotonic() - began, as_json, ended=True)
             if isinstance(end, Stopped):
                 show.note("ended before all was done; give the command again to go on")
@@ -164,6 +166,9 @@ def _undo(work: once.Once, as_json: bool, stop: threading.Event) -> None:
             _show_undo(work.undo_report, as_json)
             show.note("ended before all was put back; give the command again to go on")
             raise typer.Exit(ExitCode.INTERRUPTED) from end
+        except JournalError:
+            _show_undo(work.undo_report, as_json)
+            raise
     _show_undo(report, as_json)
     if report.failed:
         raise typer.Exit(ExitCode.FAILED)

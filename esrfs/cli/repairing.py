@@ -7,11 +7,15 @@ from typing import Annotated
 import msgspec
 import typer
 
+from esrfs.blob.container import Blob
 from esrfs.cli import mounted, show, stores
 from esrfs.engine.client import Rebuilt
 from esrfs.exit_codes import ExitCode
 from esrfs.upkeep import check as upkeep_check
 from esrfs.upkeep import restore as upkeep_restore
+
+_LONGEST = 3600.0
+"""Seconds for one view: no program waits for it, and what hangs is ended by the engine's client, sooner."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -27,10 +31,12 @@ def check(
     """Look for damage. Changes nothing; ends with exit code 6 if there is any."""
     with stores.at(path) as (store, _), stores.engine_for(store) as engine, show.progress("Checking") as advance:
 
-        def rebuild(sha256: bytes, recipe: bytes, avif: bytes) -> Rebuilt:
-            ticket = engine.rebuild(sha256, lambda: (recipe, avif))
+        def rebuild(blob: Blob) -> Rebuilt:
+            ticket = engine.rebuild(
+                blob.recipe.sha256_view, lambda: (blob.recipe_bytes, blob.avif), megapixels=blob.recipe.megapixels
+            )
             try:
-                return ticket.wait()
+                return ticket.wait(_LONGEST)
             finally:
                 ticket.release()
 

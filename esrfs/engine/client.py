@@ -58,6 +58,8 @@ _TRIES = 2
 _SLOWEST = 4.0
 """Seconds for each megapixel of a view: a small computer takes no more. Killed sooner, a slow engine could never finish
 a large picture, and what it does beside it would be lost each time."""
+_BREATH = 1.0
+"""Seconds between two errors of the dispatcher that no job is to blame for."""
 _EXIT_SECONDS = 2.0
 """How long a worker whose connection closed may take to exit by itself; then it is killed."""
 
@@ -68,10 +70,11 @@ class EngineSettings:
     idle_seconds: float = 60.0
     """After so long without a job the worker ends and gives its memory (and the GPU) back."""
     time_limit: float = 120.0
-    """Seconds a reader waits before TimeoutError. A worker that reports nothing for twice as long, and ``_SLOWEST`` for
-    what it works on, is killed, also when the readers have given up by then."""
+    """Seconds a reader waits before TimeoutError. A worker that has worked on a reader's job for twice as long, and
+    ``_SLOWEST`` for its size, is killed, also when the readers have given up by then. What counts is the job's own
+    time, in which it did not have to wait for others."""
     compaction_time_limit: float = 3600.0
-    """For compaction, which also waits for readers: both."""
+    """For compaction: both."""
     handler: str = "esrfs.engine.handler"
     """The module that does the work, in the worker; another one in tests."""
 
@@ -130,8 +133,11 @@ class _Job:
         self.tries = 0
         self.ends = 0  # of workers that worked on nothing else
         self.worker: _Worker | None = None
+        self.told = Lane.COMPACTION  # the lane that the worker knows of
         self.asked_at = time.monotonic()
-        self.sent_at = 0.0
+        self.own_seconds = 0.0  # in the worker, while nothing there came before it
+        self.beside = 0.0  # the megapixels that it may have had to wait for all the same, for their memory
+        self.stuck = False  # the worker did others meanwhile, so trying it again would end the same
         self.done = threading.Event()
         self.result: object = None
         self.error: str | None = None
@@ -150,6 +156,7 @@ class _Worker:
         self.sending = threading.Lock()
         self.ready = False  # [lock]
         self.ending = False  # [lock] we asked it to
+        self.hung = False  # [lock] and was killed for it
         self.heard_at = time.monotonic()  # [lock]
         self.threads: list[threading.Thread] = []
 
@@ -221,6 +228,7 @@ class Engine:
         ] = {}  # [lock] sent, or about to be; a cancelled job stays until the worker let go of it
         self._by_key: dict[bytes, _Job] = {}  # [lock] rebuilds that a new ticket may join
         self._notes: deque[tuple[_Worker, protocol.Request]] = deque()  # [lock] for the dispatcher to send
+        self._counted_at = time.monotonic()  # [lock] the jobs' own time until then is counted
         self._counters = Counters()  # [lock]
         self._last_number = 0  # [lock]
         self._idle_since = time.monotonic()  # [lock]
@@ -301,11 +309,18 @@ class Engine:
             ticket.release()
 
     def start(self) -> None:
-        """Start the worker in the background, so that the first reader needn't wait for it (about a second)."""
+        """Start the worker in the background, so that the first reader needn't wait for it (about a second). What
+        fails is told to that reader."""
         with self._lock:
+            if self._closed:
+                return
             self._warm_up = True
             self._idle_since = time.monotonic()
-            self._wake_dispatcher()
+            try:
+                self._need_dispatcher()
+            except EngineError as error:
+                log.debug("%s", error)
+            self._changed.notify_all()
 
     def close(self) -> None:
         """End the worker at once; who waits gets EngineError. May be called twice."""
@@ -359,6 +374,7 @@ class Engine:
         with self._lock:
             if self._closed:
                 raise EngineError("esrfs is shutting down")
+            self._need_dispatcher()  # first, so that nothing queues for nobody
             job = self._by_key.get(key) if key is not None else None
             if job is None:
                 self._last_number += 1
@@ -366,13 +382,11 @@ class Engine:
                 self._waiting[job.number] = job
                 if key is not None:
                     self._by_key[key] = job
-            before = job.lane
             job.lanes.append(lane)
             job.megapixels = max(job.megapixels, megapixels)  # who asked first may not have known
             if job.done.is_set():
                 return job
-            self._lane_changed(job, before)
-            self._wake_dispatcher()
+            self._lane_changed(job)
             return job
 
     def _move(self, ticket: Ticket[_T], lane: Lane | None) -> None:
@@ -381,7 +395,6 @@ class Engine:
             job = ticket._job
             if ticket._lane is None or ticket._lane == lane:
                 return
-            before = job.lane
             job.lanes.remove(ticket._lane)
             ticket._lane = lane
             if lane is not None:
@@ -391,17 +404,19 @@ class Engine:
                     self._forget_key(job)
                 return
             if job.lanes:
-                self._lane_changed(job, before)
+                self._lane_changed(job)
                 return
             self._settle(job, error="cancelled: nobody waited for it any more")
             if job.worker is not None:
                 self._notes.append((job.worker, protocol.Cancel(job=job.number)))
             self._changed.notify_all()
 
-    def _lane_changed(self, job: _Job, before: Lane) -> None:
+    def _lane_changed(self, job: _Job) -> None:
         """[lock] Tell the worker, if it has the job, which somebody still wants."""
         job.is_read = job.key is not None and job.lane != Lane.COMPACTION
-        if job.worker is not None and job.lane != before:
+        if job.worker is not None and job.lane != job.told:
+            self._count_time()
+            job.told = job.lane
             self._notes.append((job.worker, protocol.SetLane(job=job.number, lane=job.lane)))
         self._changed.notify_all()
 
@@ -424,6 +439,7 @@ class Engine:
 
     def _answered(self, number: int, *, result: object = None, error: str | None = None) -> None:
         with self._lock:
+            self._count_time()
             job = self._in_flight.pop(number, None)
             if job is None:
                 return
@@ -450,47 +466,67 @@ class Engine:
 
     # The dispatcher's thread.
 
-    def _wake_dispatcher(self) -> None:
-        """[lock]"""
-        if self._dispatcher is None and not self._closed:
-            self._dispatcher = threading.Thread(target=self._dispatch, name="engine-dispatcher", daemon=True)
-            self._dispatcher.start()
-        self._changed.notify_all()
+    def _need_dispatcher(self) -> None:
+        """[lock] Raises EngineError if it can't be started; the next job tries again."""
+        if self._dispatcher is None:
+            thread = threading.Thread(target=self._dispatch, name="engine-dispatcher", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # a limit on processes
+                raise EngineError(f"the engine's dispatcher could not be started: {error}") from error
+            self._dispatcher = thread
 
     def _dispatch(self) -> None:
+        """The dispatcher's life: an error costs the job that met it, and no other."""
         while True:
             job: _Job | None = None
-            notes: list[tuple[_Worker, protocol.Request]] = []
-            with self._lock:
-                while not self._closed:
-                    self._kill_if_hung()
-                    notes = list(self._notes)
-                    self._notes.clear()
-                    job = lanes.next_job(self._waiting.values(), self._in_flight.values())
-                    if job is not None or notes or (self._warm_up and self._worker is None):
-                        break
-                    if self._idle_for() >= self._settings.idle_seconds:
-                        self._retire()
-                    self._changed.wait(self._pause())
-                if self._closed:
+            try:
+                job, notes = self._next()
+                if job is None and self._closed:
                     return
-                self._warm_up = False
+                self._tell(notes)
+                if job is not None:
+                    self._send_job(job)
+                elif not notes:
+                    self._running_worker()
+            except Exception as error:
+                log.exception("the engine's dispatcher met an error; it goes on")
+                if job is not None:
+                    self._answered(job.number, error=f"an error in esrfs: {type(error).__name__}: {error}")
+                else:
+                    time.sleep(_BREATH)
+
+    def _next(self) -> tuple[_Job | None, list[tuple[_Worker, protocol.Request]]]:
+        """Wait for something to do: a job, notes, or, if neither, to start the worker. Nothing when the engine is
+        closed."""
+        with self._lock:
+            while not self._closed:
+                self._kill_if_hung()
+                notes = list(self._notes)
+                self._notes.clear()
+                job = lanes.next_job(self._waiting.values(), self._in_flight.values())
                 if job is not None:
                     del self._waiting[job.number]
                     self._in_flight[job.number] = job
+                if job is not None or notes or (self._warm_up and self._worker is None):
+                    self._warm_up = False
+                    return job, notes
+                if self._idle_for() >= self._settings.idle_seconds:
+                    self._retire()
+                self._changed.wait(self._pause())
+            return None, []
+
+    def _tell(self, notes: list[tuple[_Worker, protocol.Request]]) -> None:
+        for worker, note in notes:
             try:
-                for worker, note in notes:
-                    worker.send(note)
+                worker.send(note)
             except ConnectionLostError:
                 log.debug("the engine ended before it could be told", exc_info=True)
-            if job is not None:
-                self._send_job(job)
-            elif not notes:
-                self._running_worker()
 
     def _send_job(self, job: _Job) -> None:
+        lane = job.lane
         try:
-            request, payload = job.prepare(job.number, job.lane)
+            request, payload = job.prepare(job.number, lane)
         except Exception as error:
             log.debug("a job could not be loaded", exc_info=True)
             self._answered(job.number, error=f"what the engine needs could not be read: {error}")
@@ -506,39 +542,58 @@ class Engine:
                 return
             if not job.tries:
                 self._count(job.counter)
+            self._count_time()
             job.tries += 1
             job.worker = worker
-            job.sent_at = time.monotonic()
+            job.own_seconds = job.beside = 0.0
             if self._worker is not worker:  # It died this very moment.
                 self._take_back([job], "it ended before it got the job")
                 return
+            job.told = lane
+            self._lane_changed(job)  # it may have changed while the job was loaded
         try:
             worker.send(request, payload)
         except ConnectionLostError:
             worker.process.kill()  # The reader thread takes the job back.
 
+    def _count_time(self) -> None:
+        """[lock] To be called before anything changes about what the worker has.
+
+        The time since the last call was that of the job which comes first there: all others may have waited for it.
+        """
+        now = time.monotonic()
+        passed, self._counted_at = now - self._counted_at, now
+        jobs = [job for job in self._in_flight.values() if job.worker is not None]
+        if jobs:
+            first = min(jobs, key=lambda job: (job.told, job.number))
+            first.own_seconds += passed
+            first.beside = max(first.beside, sum(other.megapixels for other in jobs if other is not first))
+
     def _kill_if_hung(self) -> None:
         """[lock]"""
-        worker, now = self._worker, time.monotonic()
-        if worker is None or worker.ending:
+        self._count_time()
+        worker = self._worker
+        if worker is None or worker.ending or worker.hung:
             return
         for job in self._in_flight.values():
-            if job.worker is worker and now - max(job.sent_at, worker.heard_at) > self._limit(job):
-                log.warning("the engine reported nothing for %.0f s; it is ended and started anew", self._limit(job))
-                worker.heard_at = now  # once is enough
+            if job.worker is worker and job.own_seconds > self._limit(job):
+                seconds = time.monotonic() - worker.heard_at
+                job.stuck = seconds < self._settings.time_limit
+                if job.stuck:
+                    log.warning("the engine is stuck on one job, while it does others; it is ended and started anew")
+                else:
+                    log.warning("the engine reported nothing for %.0f s; it is ended and started anew", seconds)
+                worker.hung = True
                 worker.process.kill()
                 return
 
     def _limit(self, job: _Job) -> float:
-        """[lock] Seconds without a report after which the worker that has the job counts as hung.
+        """[lock] Seconds of its own time after which the worker that has the job counts as hung.
 
-        What a job is decides, not whether somebody still waits for it: on a hung worker all readers give up. It may
-        have to wait for another, and that one reports when it ends.
+        What a job is decides, not whether somebody still waits for it: on a hung worker all readers give up.
         """
-        if not job.is_read:
-            return self._settings.compaction_time_limit
-        beside = max((other.megapixels for other in self._in_flight.values() if other is not job), default=0.0)
-        return 2 * self._settings.time_limit + _SLOWEST * (job.megapixels + beside)
+        limit = 2 * self._settings.time_limit if job.is_read else self._settings.compaction_time_limit
+        return limit + _SLOWEST * (job.megapixels + job.beside)
 
     def _idle_for(self) -> float:
         """[lock] Seconds that the worker has had nothing to do; 0 when there is none, it is needed or just starting."""
@@ -569,14 +624,23 @@ class Engine:
             log.error("the engine could not be started: %s", error)
             return None
         log.debug("engine started, process %d", worker.process.pid)
-        worker.threads = [
-            threading.Thread(target=self._listen, args=(worker,), name="engine-reader", daemon=True),
-            threading.Thread(target=_pass_on_stderr, args=(worker.process,), name="engine-stderr", daemon=True),
-        ]
-        with self._lock:
-            self._worker = worker
-        for thread in worker.threads:
-            thread.start()
+        stderr = threading.Thread(target=_pass_on_stderr, args=(worker.process,), name="engine-stderr", daemon=True)
+        reader = threading.Thread(target=self._listen, args=(worker,), name="engine-reader", daemon=True)
+        try:
+            stderr.start()
+            worker.threads.append(stderr)
+            with self._lock:  # so that the worker isn't known before all its threads are, nor after it ended
+                reader.start()
+                worker.threads.append(reader)
+                self._worker = worker
+        except RuntimeError as error:  # a limit on processes
+            log.error("the engine could not be started: %s", error)
+            worker.process.kill()
+            worker.process.wait()
+            worker.connection.close()
+            if not worker.threads and worker.process.stderr is not None:
+                worker.process.stderr.close()
+            return None
         return worker
 
     def _retire(self) -> None:
@@ -614,6 +678,9 @@ class Engine:
                 log.info("engine ready: %s, %d threads", device, threads)
                 with self._lock:
                     worker.ready = True
+                    self._count_time()
+                    for each in self._in_flight.values():
+                        each.own_seconds = 0.0  # it was the worker's start
                     self._idle_since = time.monotonic()
                     self._changed.notify_all()
             case protocol.NeedWeights(sha256=sha256):
@@ -648,8 +715,10 @@ class Engine:
                 self._count("restarts")
                 if status == protocol.DEVICE_FAILED:
                     self._on_cpu = True
-                elif worker.ready and len(jobs) == 1:  # else it may be the engine itself, or another job
-                    jobs[0].ends += 1
+                elif worker.ready:  # else it may be the engine itself
+                    suspects = [job for job in jobs if job.stuck] or jobs
+                    if len(suspects) == 1:
+                        suspects[0].ends += 1
             why = f"it {_cause(status)}"
             self._take_back(jobs, why)
             self._changed.notify_all()
@@ -658,12 +727,16 @@ class Engine:
 
     def _take_back(self, jobs: list[_Job], why: str) -> None:
         """[lock] A worker ended with these jobs."""
+        self._count_time()
         for job in jobs:
             self._in_flight.pop(job.number, None)
             job.worker = None
             if job.done.is_set():
                 continue
-            if job.tries >= _TRIES:
+            if job.stuck:
+                self._count("failures")
+                self._settle(job, error="the engine was stuck on this job for too long, and is started anew")
+            elif job.tries >= _TRIES:
                 self._count("failures")
                 self._settle(job, error=f"the engine ended twice on this job ({why}); the log may say more")
             else:

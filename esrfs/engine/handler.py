@@ -28,7 +28,7 @@ from esrfs.engine import idleness, protocol, room, tiles
 from esrfs.engine.errors import DeviceFailedError, JobFailedError
 from esrfs.engine.lanes import Cancelled, Running
 from esrfs.engine.tiles import Crew
-from esrfs.formats.pixels import as_image
+from esrfs.formats.pixels import as_image, shown_as, upright_image
 from esrfs.networks import loading
 from esrfs.reconstruction import ImplausibleError, Infer, ReconstructionError
 
@@ -41,6 +41,8 @@ _UPSCALE_MEGAPIXELS = 100.0
 """Of the input of ``esrfs upscale``."""
 _ACCELERATOR_TILE = 1024
 """Input pixels along a tile's side where an accelerator runs it: enough work for one launch."""
+_UPSCALING = 12
+"""Bytes that it takes for each pixel of its output."""
 _SMALL_MEGAPIXELS = 16.0
 """Up to which a reconstruction waits for nobody."""
 _REBUILDING = 30
@@ -118,6 +120,10 @@ class NetworkHandler:
             pixels = formats.decode(image, _UPSCALE_MEGAPIXELS)
         except formats.Unsupported as error:
             raise JobFailedError(error.message) from error
+        scale = self._network(request.network_sha256).scale
+        needed, free = _UPSCALING * pixels.shape[0] * pixels.shape[1] * scale**2, room.available()
+        if needed > free:
+            raise JobFailedError(f"it takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free now")
         infer = partial(self._infer(job), request.network_sha256)
         channels = pixels.shape[2]
         colour = pixels[:, :, : channels - 1] if channels in (2, 4) else pixels
@@ -129,15 +135,17 @@ class NetworkHandler:
         if channels in (2, 4):
             large.putalpha(Image.fromarray(pixels[:, :, -1].copy()).resize(large.size, Image.Resampling.BICUBIC))
         job.checkpoint()
+        orientation, profile = shown_as(image)
+        large = upright_image(large, orientation)
         out = io.BytesIO()
-        large.save(out, "PNG")
+        space = b"GRAY" if colour.shape[2] == 1 else b"RGB "  # not that of a CMYK picture, which was converted
+        large.save(out, "PNG", icc_profile=profile if profile[16:20] == space else None)
         return out.getvalue()
 
     def _turn(self, recipe: Recipe, job: Running) -> AbstractContextManager[None]:
-        pixels = recipe.width * recipe.height
-        if pixels <= _SMALL_MEGAPIXELS * 1e6:
+        if recipe.megapixels <= _SMALL_MEGAPIXELS:
             return contextlib.nullcontext()
-        return self._turns.taking(_REBUILDING * pixels, lambda: not job.cancelled)
+        return self._turns.taking(_REBUILDING * 1e6 * recipe.megapixels, job)
 
     def _infer(self, job: Running) -> Infer:
         def infer(sha256: bytes, pixels: Pixels) -> Pixels:

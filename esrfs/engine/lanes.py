@@ -8,7 +8,7 @@ decision.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Protocol, TypeVar
 
 from esrfs.engine.protocol import Lane
@@ -64,6 +64,8 @@ class Running:
         self.number = number
         self.lane = lane
         self.cancelled = False
+        self.on_lane: Callable[[], None] = lambda: None
+        """Called after each change of ``lane``, for who sleeps until there is work of a lane."""
         self._crossing = crossing
 
     def checkpoint(self) -> None:
@@ -97,9 +99,12 @@ class Crossing:
     def set_lane(self, number: int, lane: Lane) -> None:
         """Nothing happens if the job has ended."""
         with self._changed:
-            if number in self._jobs:
-                self._jobs[number].lane = lane
-                self._changed.notify_all()
+            job = self._jobs.get(number)
+            if job is None:
+                return
+            job.lane = lane
+            self._changed.notify_all()
+        job.on_lane()
 
     def cancel(self, number: int) -> None:
         """The job ends at its next checkpoint. Nothing happens if it has ended."""

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from esrfs.engine.lanes import Cancelled, Running
+from esrfs.engine.protocol import Lane
+
 _CGROUPS = Path("/sys/fs/cgroup")
 _LOOK_SECONDS = 0.5
 """Between two looks at how much there is, and whether somebody still waits."""
@@ -34,16 +37,18 @@ def _of_cgroups(proc: Path, cgroups: Path) -> list[float]:
     except (OSError, IndexError):
         return []
     left = []
-    group = cgroups / path.lstrip("/")
-    while group != cgroups and cgroups in group.parents:
+    own = cgroups / path.lstrip("/")
+    for group in (own, *own.parents):
+        # The topmost too: within a container it is the container's own, and has limits.
+        if group != cgroups and cgroups not in group.parents:
+            break
         try:
             limit = (group / "memory.max").read_text(encoding="ascii").strip()
             if limit != "max":
                 used = int((group / "memory.current").read_text(encoding="ascii"))
                 left.append(float(max(0, int(limit) - used + _reclaimable(group))))
         except (OSError, ValueError):
-            pass  # a controller that is off here
-        group = group.parent
+            pass  # a controller that is off here, or the root of all groups
     return left
 
 
@@ -58,26 +63,37 @@ def _reclaimable(group: Path) -> int:
 
 class Turns:
     """Reconstructions of large pictures, one after the other where memory is too short for two. Who is alone goes ahead
-    whatever there is: no read fails for this, and each waits for other reads only."""
+    whatever there is: no read fails for this, and each waits for other reads only.
+
+    A reader waits for no compaction: that one waits for the reader, between two tiles, also while it has its turn. So
+    where memory is short there may be one reader and one compaction, and no more.
+    """
 
     def __init__(self, free: Callable[[], float]) -> None:
         """``free()``: the bytes that there are."""
         self._free = free
         self._changed = threading.Condition()  # protects:
-        self._taken: list[float] = []
+        self._taken: dict[Running, float] = {}
         """Bytes, of those that go on now."""
 
     @contextmanager
-    def taking(self, needed: float, is_wanted: Callable[[], bool]) -> Iterator[None]:
-        """Waits until there is room for ``needed`` bytes, or nobody else takes any, or it is no longer wanted."""
+    def taking(self, needed: float, job: Running) -> Iterator[None]:
+        """Waits until there is room for ``needed`` bytes, or nobody takes any whom the job may wait for. Raises
+        Cancelled."""
         with self._changed:
-            # What the others take is counted as if they had none of it yet.
-            while self._taken and is_wanted() and self._free() < needed + sum(self._taken):
+            # What the others take is counted as if they had none of it yet. Lanes change meanwhile.
+            while (
+                not job.cancelled
+                and any(other.lane != Lane.COMPACTION or job.lane == Lane.COMPACTION for other in self._taken)
+                and self._free() < needed + sum(self._taken.values())
+            ):
                 self._changed.wait(_LOOK_SECONDS)
-            self._taken.append(needed)
+            if job.cancelled:
+                raise Cancelled
+            self._taken[job] = needed
         try:
             yield
         finally:
             with self._changed:
-                self._taken.remove(needed)
+                del self._taken[job]
                 self._changed.notify_all()

@@ -138,12 +138,17 @@ class Crew:
     def spread(self, job: Running, tasks: list[Callable[[], None]]) -> None:
         """A :data:`Spread` for ``job``. Raises Cancelled when the job is."""
         batch = _Batch(job, iter(tasks))
+        job.on_lane = self._wake  # other threads may be the ones to go on with it
         with self._changed:
             self._batches.append(batch)
             self._changed.notify_all()
         batch.ended.wait()
         if batch.error is not None:
             raise batch.error
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _work(self, background: bool) -> None:
         if background:

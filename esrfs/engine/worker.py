@@ -113,7 +113,10 @@ def serve(connection: Connection, open_handler: Callable[[], Handler]) -> None:
                 lane = _lane(request)
                 running = crossing.enter(request.job, lane)
                 work = _Work(connection, opening, running, request, payload)
-                threading.Thread(target=work, name=f"job-{request.job}", daemon=True).start()
+                try:
+                    threading.Thread(target=work, name=f"job-{request.job}", daemon=True).start()
+                except RuntimeError as error:  # a limit on processes: other jobs go on
+                    work.fail(f"the engine could not start a thread for it: {error}")
             case protocol.SetLane(job=job, lane=lane):
                 crossing.set_lane(job, lane)
             case protocol.Cancel(job=job):
@@ -197,6 +200,11 @@ class _Work:
             self._answer(protocol.Failed(job=self.request.job, message=f"an error in esrfs: {summary}"))
         self.payload = b""
         _give_memory_back()
+
+    def fail(self, message: str) -> None:
+        """Instead of being called."""
+        self._answer(protocol.Failed(job=self.request.job, message=message))
+        self.payload = b""
 
     def _work(self) -> tuple[protocol.Report, bytes]:
         handler = self.opening.get()

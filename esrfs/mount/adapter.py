@@ -21,6 +21,7 @@ from typing import Any
 
 from esrfs.mount import binding
 from esrfs.mount.binding import mfusepy
+from esrfs.mount.threads import keep_state
 from esrfs.vfs import xattrs
 from esrfs.vfs.creating import Caller
 from esrfs.vfs.filesystem import Filesystem
@@ -89,14 +90,6 @@ _threads = threading.local()
 _PENDING = re.compile(r"^SigPnd:\s*([0-9a-f]+)$", re.MULTILINE)
 _SIGKILL_BIT = 1 << (signal.SIGKILL - 1)
 """Set in every thread of a process that a signal, of whatever kind, is about to end."""
-
-
-def _keep_thread_state() -> None:
-    """libfuse's threads are foreign to Python: each callback would make and drop a thread state. One extra reference,
-    taken once on each thread, keeps it."""
-    if not hasattr(_threads, "kept"):
-        _threads.kept = True
-        ctypes.pythonapi.PyGILState_Ensure()
 
 
 def _name(path: bytes) -> str:
@@ -170,7 +163,7 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
 
     def _wrapper(self, method: Callable[..., int | None], *arguments: Any) -> int:
         try:
-            _keep_thread_state()
+            keep_state()
             return method(*arguments) or 0
         except OSError as error:
             return -(error.errno or errno.EIO)
@@ -374,12 +367,15 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
         st = mfusepy.c_stat()
         for dots in (b".", b".."):
             filler(buffer, dots, None, 0, 0)
+        known = ctypes.byref(st)
         for entry in self._fs.readdir(info.contents.fh, plus):
+            filled = 0
             if entry.attributes is not None:
                 _fill(st, entry.attributes, entry.size)
+                filled = _FILL_DIR_PLUS
             else:
                 st.st_ino, st.st_mode = entry.inode, entry.kind
-            if filler(buffer, os.fsencode(entry.name), ctypes.byref(st), 0, _FILL_DIR_PLUS if plus else 0):
+            if filler(buffer, os.fsencode(entry.name), known if entry.inode else None, 0, filled):
                 break
 
     def releasedir(self, path: bytes | None, info: Any) -> None:

@@ -6,6 +6,7 @@ thread of its own, when figures are asked for and the last ones are old; walks t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -45,8 +46,9 @@ class Contents:
         """The last count and when it was made (seconds since the epoch); None before the first. Does not wait."""
         with self._lock:
             if not self._counting and time.monotonic() >= self._due:
-                self._counting = True
-                threading.Thread(target=self._renew, name="esrfs-figures", daemon=True).start()
+                with contextlib.suppress(RuntimeError):  # no thread just now: the next scrape tries again
+                    threading.Thread(target=self._renew, name="esrfs-figures", daemon=True).start()
+                    self._counting = True
             return self._last
 
     def _renew(self) -> None:
@@ -54,14 +56,15 @@ class Contents:
         found = None
         try:
             found = self._count()
-        except OSError as error:  # the mount ends, or the disk fails: the next scrape tries again
+        except OSError as error:  # the mount ends, or the disk fails: a later scrape tries again
             log.info("the store could not be counted: %s", error)
-        took = time.monotonic() - begun
-        with self._lock:
-            self._counting = False
-            self._due = time.monotonic() + max(_COUNT_SECONDS, took / _SHARE_OF_TIME)
-            if found is not None:
-                self._last = found, time.time()
+        finally:
+            took = time.monotonic() - begun
+            with self._lock:
+                self._counting = False
+                self._due = time.monotonic() + max(_COUNT_SECONDS, took / _SHARE_OF_TIME)
+                if found is not None:
+                    self._last = found, time.time()
 
 
 def collector(

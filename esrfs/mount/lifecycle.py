@@ -35,7 +35,7 @@ from esrfs import config, control, journal, prometheus
 from esrfs.cache import ViewCache
 from esrfs.engine.client import Engine, EngineSettings
 from esrfs.exit_codes import ExitCode
-from esrfs.mount import commands, figures, privileges
+from esrfs.mount import commands, figures, privileges, threads
 from esrfs.mount.guard import guarded
 from esrfs.mount.options import BadOption, MountOptions, parse
 from esrfs.store import linux, recovery
@@ -54,7 +54,6 @@ log = logging.getLogger("esrfs.mount")
 
 FILESYSTEM_TYPE = "fuse.esrfs"
 READY_FD_VARIABLE = "ESRFS_READY_FD"
-_START_SECONDS = 60.0
 _LAST_READS_SECONDS = 20.0
 """After a signal, how long reads that wait may still take before they fail."""
 _LAST_CLOSE_SECONDS = 3.0
@@ -94,9 +93,22 @@ class CannotMount(Exception):  # noqa: N818 (it reads better where it is raised)
 def run(store_path: str, mountpoint: str, options: list[str], foreground: bool) -> int:
     """Mount the store at ``mountpoint``; both are absolute paths, ``options`` single values of ``-o``.
 
-    In the foreground this returns when the mount has ended, else when it answers. Returns an exit code; what went
-    wrong is written to stderr.
+    In the background this returns when the mount answers; in the foreground the process ends with the mount, and this
+    returns only if nothing was served. Returns an exit code; what went wrong is written to stderr.
     """
+    code: int = ExitCode.INTERNAL
+    try:
+        code = _run(store_path, mountpoint, options, foreground)
+    except Exception:
+        if not threads.were_kept():
+            raise
+        log.exception("the mount ended in a way that esrfs did not expect; this is a bug of esrfs")
+    if threads.were_kept():
+        threads.leave(code)
+    return code
+
+
+def _run(store_path: str, mountpoint: str, options: list[str], foreground: bool) -> int:
     try:
         parse(options)  # a wrong option is told here, not in a log
         if foreground:
@@ -151,7 +163,8 @@ def serve_in_background(arguments: list[str]) -> int:
         nonlocal reported
         if not reported:
             reported = True
-            os.write(writer, json.dumps(values).encode())
+            with contextlib.suppress(BrokenPipeError):  # who started us was killed meanwhile: the mount serves others
+                os.write(writer, json.dumps(values).encode())
             os.close(writer)
 
     try:
@@ -171,7 +184,10 @@ def serve_in_background(arguments: list[str]) -> int:
 def _log_to_file(store: Store) -> None:
     """A background mount's log: the journal takes what systemd runs, the rest goes to the state directory."""
     path = config.state_directory(store.config.id) / "mount.log"
-    handler = logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1)
+    try:
+        handler = logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1)
+    except OSError:
+        return  # a full disk: the mount is worth more than its log
     handler.setFormatter(journal.OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     logging.getLogger().setLevel(logging.INFO)
@@ -292,10 +308,17 @@ def serve(store_path: str, mountpoint: str, options: list[str], ready: Callable[
     with open_store(store_path, readonly=parsed.read_only) as store:
         if not logging.getLogger().handlers:
             _log_to_file(store)
+        threading.excepthook = _log_end_of_thread
         _warn_of_timeouts()
         privileges.drop_capabilities()
         with Mount(store, mountpoint, parsed) as mount:
             return mount.serve(ready)
+
+
+def _log_end_of_thread(end: threading.ExceptHookArgs) -> None:
+    """Python would write it to stderr, which a mount in the background has not."""
+    name = "unknown" if end.thread is None else end.thread.name
+    log.error("the thread %s ended by a bug of esrfs; the mount goes on without", name, exc_info=end.exc_value)
 
 
 def _warn_of_timeouts() -> None:
@@ -323,6 +346,10 @@ class Mount:
         self._one_end = threading.Lock()
         self._why_no_compaction = ""
         self._trouble = ""
+        self._told: set[str] = set()
+        """Names in staging that the log has."""
+        self._recovered = False
+        """What a crash had cut short is ended, since we have the lease."""
         self._failed = False
 
     def __enter__(self) -> Mount:
@@ -368,7 +395,7 @@ class Mount:
             self._closing.close()
 
     def _is_compactor(self) -> bool:
-        return self._lease is not None and self._lease.held and not self._trouble
+        return self._recovered and self._lease is not None and self._lease.held
 
     def _take_charge(self) -> None:
         """Take the lease if it is free, and end what a crash cut short.
@@ -376,6 +403,7 @@ class Mount:
         On a disk that is full or failing the ledger may take no record. What is there is served all the same, without
         compaction; :meth:`_keep_lease` comes back to it.
         """
+        self._recovered = False
         try:
             if self._lease is None:
                 self._lease = CompactorLease(self._store)
@@ -387,6 +415,7 @@ class Mount:
             self._trouble = f"the ledger can't be written: {error.strerror}"
         else:
             self._trouble = ""
+            self._recovered = True
 
     def _let_go_of_lease(self) -> None:
         if self._lease is not None:
@@ -400,6 +429,15 @@ class Mount:
             log.info("%s: a step that a crash had cut short was brought to its end", path)
         for name in report.found:
             log.warning("%s: a file that nothing explains was kept as .esrfs/originals/%s", self._store.path, name)
+        for name in report.left:
+            if name not in self._told:
+                self._told.add(name)
+                log.warning(
+                    "%s: .esrfs/staging/%s/%s was not put there by esrfs, which leaves it alone; look at it",
+                    self._store.path,
+                    self._store.host,
+                    name,
+                )
         for problem in report.problems:
             log.warning("%s", problem)
 
@@ -408,15 +446,18 @@ class Mount:
             return f"off: {self._why_no_compaction}"
         if self._trouble:
             return f"off: {self._trouble}"
-        if not self._is_compactor():
-            return "off: the store is read-only" if self._store.readonly else "off: another mount compacts this store"
+        if self._store.readonly:
+            return "off: the store is read-only"
+        if self._lease is None or not self._lease.held:
+            return "off: another mount compacts this store"
+        if not self._recovered:
+            return "off: what a crash cut short is still to be ended"
         return self._scheduler.state
 
     def serve(self, ready: Callable[[], None]) -> int:
         from esrfs.mount.adapter import Adapter  # noqa: PLC0415 (it loads libfuse3: only now is it needed)
 
         threading.Thread(target=self._wait_for_signal, name="esrfs-signals", daemon=True).start()
-        self._guard.before_mount()
         source = self._store.path.replace("\\", "\\\\").replace(",", "\\,")
         libfuse: dict[str, str | bool] = {
             **self._options.libfuse,
@@ -429,6 +470,7 @@ class Mount:
             "max_idle_threads": str(min(_IDLE_THREADS, self._options.threads)),
         }
         try:
+            self._guard.before_mount()
             Adapter(
                 self._filesystem,
                 self._mountpoint,
@@ -456,8 +498,8 @@ class Mount:
             self._failed = True
             os.kill(os.getpid(), signal.SIGTERM)
             return
+        self._guard.protect()
         try:
-            self._guard.protect()
             server = control.ControlServer(
                 control.socket_path(self._store.config.id, self._mountpoint),
                 commands.handlers(
@@ -472,7 +514,7 @@ class Mount:
             )
             server.start()
             self._closing.callback(server.stop)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
             log.error("%s: commands can't reach this mount: %s", self._mountpoint, error)
         how = ", read-only" if self._store.readonly else ""
         log.info("%s is mounted at %s%s", self._store.path, self._mountpoint, how)
@@ -521,17 +563,29 @@ class Mount:
 
     def _keep_lease(self) -> None:
         while not self._ending.wait(RENEW_SECONDS):
-            lease = self._lease
             try:
-                if lease is None or self._trouble:
-                    self._take_charge()
-                elif lease.held:
-                    lease.renew()
-                elif lease.acquire():
-                    log.info("%s: this mount compacts from now on", self._store.path)
-                    self._recover()  # what the one before may have left in the middle
+                self._look_after_lease()
             except OSError as error:
                 log.warning("%s: the compactor's lease: %s", self._store.path, error)
+            except Exception:
+                log.exception(
+                    "%s: the compactor's lease could not be looked after; it is tried again", self._store.path
+                )
+
+    def _look_after_lease(self) -> None:
+        lease = self._lease
+        if lease is None or self._trouble:
+            self._take_charge()
+        elif not lease.held:
+            self._recovered = False  # before we have it: the one before may have left something in the middle
+            if lease.acquire():
+                self._take_charge()
+                if self._is_compactor():
+                    log.info("%s: this mount compacts from now on", self._store.path)
+        else:
+            lease.renew()
+            if not self._recovered:
+                self._take_charge()
 
     # The end.
 
@@ -554,5 +608,4 @@ class Mount:
                 self._closing.close()
                 self._guard.end()
                 log.info("%s is unmounted, though programs still have files of it open", self._mountpoint)
-                logging.shutdown()
-                os._exit(ExitCode.OK)
+                threads.leave(ExitCode.OK)

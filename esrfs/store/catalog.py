@@ -8,7 +8,7 @@ Beside that it counts how often a process ended with a file in its hands, so tha
 ever.
 
 SQLite in WAL mode, outside the store and never below the mount. A database that is broken is thrown away and begun
-anew; one that can't be made at all is replaced by one in memory. Callers never see an sqlite3 error.
+anew; for one that can't be opened or made (a full disk) one in memory stands in. Callers never see an sqlite3 error.
 """
 
 from __future__ import annotations
@@ -186,6 +186,9 @@ class Catalog:
             try:
                 return _connect(self._path)
             except sqlite3.Error as error:
+                if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
+                    _log.warning("catalog %s: %s; until the next start it is in memory", self._path, error)
+                    break  # the disk is full, or another process is at it: the database is not broken
                 _log.warning("catalog %s: %s; beginning a new one", self._path, error)
                 if attempt == 1:
                     self._discard()

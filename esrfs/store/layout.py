@@ -308,8 +308,13 @@ def boot_id() -> str:
         return file.read().strip().replace("-", "")[:12]
 
 
-def is_store(path: str) -> bool:
-    return os.path.lexists(os.path.join(path, RESERVED, CONFIG))
+def is_store(path: str, dir_fd: int | None = None) -> bool:
+    """Whether a store lies at ``path`` (relative to ``dir_fd``). What this user may not look into counts as one."""
+    try:
+        os.lstat(os.path.join(path, RESERVED, CONFIG), dir_fd=dir_fd)
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+    return True
 
 
 def read_config(path: str) -> StoreConfig:

@@ -28,6 +28,7 @@ _AT_EMPTY_PATH = 0x1000
 _HANDLE_BYTES = 128  # MAX_HANDLE_SZ
 _F_SETOWN_EX = 15
 _F_OWNER_TID = 0
+_PASSING = (errno.ENOMEM, errno.EIO, errno.EINTR)
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_IOC_SETFLAGS = 0x40086602
 _FS_IMMUTABLE = 0x10
@@ -81,7 +82,7 @@ def renameat2(from_dir: int, from_name: str, to_dir: int, to_name: str, flags: i
 def file_handle(fd: int) -> str:
     """The kernel's lasting name for the inode behind ``fd`` (hex), which a reused inode number doesn't repeat.
 
-    Empty where the filesystem gives none.
+    Empty where the filesystem gives none. Raises OSError where it can't be had just now.
     """
     call = getattr(_libc, "name_to_handle_at", None)
     if call is None:
@@ -89,6 +90,8 @@ def file_handle(fd: int) -> str:
     handle = _FileHandle(_HANDLE_BYTES, 0)
     mount_id = ctypes.c_int()
     if call(fd, b"", ctypes.byref(handle), ctypes.byref(mount_id), _AT_EMPTY_PATH) != 0:
+        if ctypes.get_errno() in _PASSING:
+            raise _fail()
         return ""
     return f"{handle.handle_type & 0xFFFFFFFF:x}:{bytes(handle.f_handle[: handle.handle_bytes]).hex()}"
 

@@ -42,8 +42,13 @@ def protect_mountpoint(directory: int | str) -> Protection:
         return _protect(fd)
 
 
+def protection_of(directory: int) -> Protection:
+    """How an open directory is."""
+    return Protection(stat.S_IMODE(os.fstat(directory).st_mode), linux.is_immutable(directory))
+
+
 def _protect(directory: int) -> Protection:
-    before = Protection(stat.S_IMODE(os.fstat(directory).st_mode), linux.is_immutable(directory))
+    before = protection_of(directory)
     if not before.immutable:
         _attempt_mode(directory, UNWRITABLE)
         _attempt_immutable(directory, True)

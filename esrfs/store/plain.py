@@ -184,8 +184,13 @@ def _exchange_for_plain(work: _PlainWork, path: str, directory: int, name: str, 
     if not ours:
         _give_name_back(work, intent, directory, name)
         return False
-    # Not guarded: the caller's own descriptor of the blob may be open for writing.
-    staging.discard(store, staged, intent.blob, guarded=False)
+    try:
+        # Not guarded: the caller's own descriptor of the blob may be open for writing.
+        staging.discard(store, staged, intent.blob, guarded=False)
+    except OSError as error:
+        # No failure of the caller's: the plain file has the name for good. The step stays pending.
+        _log.error("%s: its former blob could not be removed from staging (%s); the next mount does", path, error)
+        return True
     work.pending = False
     faults.reach("plain.discarded")
     store.ledger.append_end(Done(job=intent.job))
@@ -213,6 +218,10 @@ def _overwrite(work: _PlainWork, path: str | None) -> int:
     # Through /proc: opens the very inode, whatever became of its name.
     fd = os.open(f"/proc/self/fd/{work.blob_fd}", os.O_RDWR | os.O_CLOEXEC)
     with _closing_on_error(fd):
+        if _was_withdrawn(store, os.fstat(fd)):
+            raise OSError(
+                errno.EIO, "an earlier attempt failed half-way, and the file is another now; open it again", path
+            )
         blob = _read_all(fd)
         st = os.fstat(fd)
         try:
@@ -239,12 +248,28 @@ def _overwrite(work: _PlainWork, path: str | None) -> int:
             store.ledger.append_end(Undone(job=intent.job, why=str(error) or type(error).__name__))
             raise
         faults.reach("plain.looked")
-    staging.remove(store, work.staged)
+    try:
+        staging.remove(store, work.staged)
+    except OSError as error:
+        # The step has ended all the same: pending, it would later take what the program writes for a half-done copy.
+        _log.error("a copy of %s could not be removed from staging (%s); the next mount does", path, error)
     work.pending = False
     faults.reach("plain.discarded")
     store.ledger.append_end(Done(job=intent.job))
     faults.reach("plain.done")
     return fd
+
+
+def _was_withdrawn(store: Store, blob: os.stat_result) -> bool:
+    """Whether the blob's one name is that in staging under which an exchange left it: what is written there is lost."""
+    if blob.st_nlink != 1:
+        return False
+    for entry in staging.entries(store):
+        if entry.kind == "plain":
+            st = staging.look(store.staging_fd, entry.name)
+            if st is not None and os.path.samestat(st, blob):
+                return True
+    return False
 
 
 def copy_over(from_fd: int, to_fd: int) -> None:

@@ -44,24 +44,13 @@ class Report:
     """Unfinished files of esrfs's own that were removed from staging."""
     found: list[str] = field(default_factory=list)
     """Names in ``originals/`` of things that nothing explained."""
+    left: list[str] = field(default_factory=list)
+    """Names in staging of such things that could not be put aside, since the ledger can't tell them."""
     damaged_records: int = 0
     living: int = 0
     """Ledgers of processes of this host that are alive; left to them."""
     problems: list[str] = field(default_factory=list)
     """For people: what could not be ended; the next recovery tries again."""
-
-    @property
-    def messages(self) -> list[str]:
-        """What somebody should know, for people; empty after an ordinary recovery."""
-        lines = list(self.problems)
-        if self.found:
-            lines.append(
-                f"{len(self.found)} file(s) that nothing explains were put aside in {RESERVED}/originals: "
-                f"{', '.join(self.found)}. Look at them; esrfs never deletes them."
-            )
-        if self.damaged_records:
-            lines.append(f"{self.damaged_records} record(s) of the ledger are damaged; is the disk failing?")
-        return lines
 
 
 def recover(store: Store) -> Report:
@@ -176,6 +165,9 @@ def _put_strangers_aside(store: Store, living: set[str], report: Report) -> None
     known = living | {name.rpartition("-")[2] for name in os.listdir(store.ledger_fd)}
     for staged in lying:
         if staged.session not in known:
+            if not staged.can_be_put_aside:
+                report.left.append(staged.name)
+                continue
             try:
                 aside = staging.put_aside(store, staged.name, "nothing explains it")
             except FileNotFoundError:
@@ -296,7 +288,8 @@ def _end_in_place(store: Store, step: ToPlain, report: Report) -> str | None:
         os.posix_fadvise(target, 0, 0, os.POSIX_FADV_DONTNEED)
         if originals.sha256_of(target).hex() != step.sha256_plain:
             st = os.fstat(target)
-            if (st.st_size, st.st_mtime_ns) == (step.blob.size, step.blob.mtime_ns) and _is_sound(store, target, st):
+            mtimes = (step.blob.mtime_ns, step.plain.mtime_ns)  # a recovery before this one may have got so far
+            if st.st_size == step.blob.size and st.st_mtime_ns in mtimes and _is_sound(store, target, st):
                 os.utime(target, ns=(st.st_atime_ns, step.plain.mtime_ns))  # which reserving room had changed
                 return _discard(store, step.staging, step.plain, report, "the process died before it wrote a byte")
             report.found.append(_copy_aside(store, target))
@@ -386,7 +379,7 @@ def _open(directory: int, name: str) -> Iterator[_Seen]:
     st = staging.look(directory, name) if directory >= 0 else None
     fd = -1
     if staging.is_file(st):
-        with suppress(OSError):
+        with _unless_in_passing():
             fd = os.open(name, _READ, dir_fd=directory)
     try:
         yield _Seen(st, fd)
@@ -405,7 +398,7 @@ def _place(store: Store, step: Intent | ToPlain, search: bool) -> Iterator[tuple
     name = path.rpartition("/")[2]
     with ExitStack() as stack:
         directory = -1
-        with suppress(OSError):
+        with _unless_in_passing():
             directory = stack.enter_context(open_parent(store.root_fd, path))[0]
         if directory < 0 or os.fstat(directory).st_ino != step.parent_ino:
             directory = -1
@@ -416,10 +409,31 @@ def _place(store: Store, step: Intent | ToPlain, search: bool) -> Iterator[tuple
 
 
 def _directories(store: Store) -> Iterator[tuple[str, os.stat_result]]:
-    for top, names, _, fd in os.fwalk(".", dir_fd=store.root_fd, follow_symlinks=False):
+    for top, _, fd in _walk(store):
+        yield top[2:], os.fstat(fd)
+
+
+def _walk(store: Store) -> Iterator[tuple[str, list[str], int]]:
+    """``(folder, names of files in it, its descriptor)`` all over the store. Raises OSError."""
+
+    def pass_over(error: OSError) -> None:
+        with _unless_in_passing():
+            raise error
+
+    for top, names, files, fd in os.fwalk(".", onerror=pass_over, dir_fd=store.root_fd, follow_symlinks=False):
         if top == ".":
             names[:] = [name for name in names if name != RESERVED]
-        yield top[2:], os.fstat(fd)
+        yield top, files, fd
+
+
+@contextmanager
+def _unless_in_passing() -> Iterator[None]:
+    """What can't be opened for its own sake is not what is looked for; else the step waits for the next recovery."""
+    try:
+        yield
+    except OSError as error:
+        if not staging.tells_of_file(error):
+            raise
 
 
 @contextmanager
@@ -435,24 +449,32 @@ def _inode(store: Store, path: str, known: FileMark) -> Iterator[int | None]:
 
 def _find_inode(store: Store, path: str, known: FileMark) -> int | None:
     if path:
-        with suppress(OSError):
-            fd = beneath(store.root_fd, ledger.unquote(path), os.O_RDWR | os.O_NONBLOCK)
-            if metadata.same_inode(fd, known):
+        with _unless_in_passing():
+            fd = _if_same(beneath(store.root_fd, ledger.unquote(path), os.O_RDWR | os.O_NONBLOCK), known)
+            if fd is not None:
                 return fd
-            os.close(fd)
     if not known.handle:
         return None  # elsewhere, the number alone could be another file's
-    for top, names, files, directory in os.fwalk(".", dir_fd=store.root_fd, follow_symlinks=False):
-        if top == ".":
-            names[:] = [name for name in names if name != RESERVED]
+    for _, files, directory in _walk(store):
         for name in files:
             st = staging.look(directory, name)
             if st is not None and stat.S_ISREG(st.st_mode) and st.st_ino == known.ino:
-                with suppress(OSError):
-                    fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-                    if metadata.same_inode(fd, known):
+                with _unless_in_passing():
+                    fd = _if_same(os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory), known)
+                    if fd is not None:
                         return fd
-                    os.close(fd)
+    return None
+
+
+def _if_same(fd: int, known: FileMark) -> int | None:
+    """``fd``, if it is the inode that was marked; else None, and it is closed. Raises OSError."""
+    try:
+        if metadata.same_inode(fd, known):
+            return fd
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
     return None
 
 

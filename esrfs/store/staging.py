@@ -28,6 +28,11 @@ from esrfs.store.ledger import FileMark, Found
 Kind = Literal["blob", "plain", "removed"]
 KINDS: tuple[Kind, ...] = ("blob", "plain", "removed")
 FOUND_PREFIX = "found-"
+_LONGEST_NAME = 255
+_OF_THE_FILE = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EXDEV, errno.ENXIO, errno.ENODEV,
+    errno.EACCES, errno.EPERM,
+)  # fmt: skip
 _RDWR = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -66,7 +71,15 @@ class Staged:
     name: str
     session: str
     kind: str
-    """``blob``, ``plain``, or empty for a name that esrfs would not give."""
+    """One of KINDS, or empty for a name that esrfs would not give."""
+
+    @property
+    def can_be_put_aside(self) -> bool:
+        """Whether the ledger, which is JSON, can tell the name, and ``originals/`` has room for the longer one."""
+        try:
+            return len(_name_aside(self.name).encode()) <= _LONGEST_NAME
+        except UnicodeEncodeError:
+            return False
 
 
 def entries(store: Store) -> list[Staged]:
@@ -74,7 +87,7 @@ def entries(store: Store) -> list[Staged]:
     found = []
     for name in sorted(os.listdir(store.staging_fd)):
         session, kind, random = (*name.split("."), "", "")[:3]
-        ours = name.count(".") == 2 and kind in KINDS and len(session) == 8 and len(random) == 16
+        ours = name.isascii() and name.count(".") == 2 and kind in KINDS and len(session) == 8 and len(random) == 16
         found.append(Staged(name, session, kind) if ours else Staged(name, "", ""))
     return found
 
@@ -89,7 +102,8 @@ def discard(store: Store, name: str, known: FileMark, *, guarded: bool = True) -
     """Remove a file that esrfs made and that had a name in the view for a moment, if nobody changed it meanwhile.
 
     ``guarded``: also not while a program has it open for writing; False where that program is this one.
-    Returns None when it is gone; else the name in ``originals/`` under which it was put aside. Raises OSError.
+    Returns None when it is gone; else the name in ``originals/`` under which it was put aside. Raises OSError; also
+    where it can't be told just now whether it is that file: then it stays, to be asked again later.
     """
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=store.staging_fd)
@@ -101,7 +115,9 @@ def discard(store: Store, name: str, known: FileMark, *, guarded: bool = True) -
             return put_aside(store, name, "it was changed while it was being withdrawn")
         remove(store, name)
         return None
-    except OSError:
+    except OSError as error:
+        if not tells_of_file(error):
+            raise
         return put_aside(store, name, "it is not the file that esrfs put there")
     try:
         if not (metadata.same_inode(fd, known) and metadata.same_content(fd, known)):
@@ -126,13 +142,24 @@ def put_aside(store: Store, name: str, why: str) -> str:
 
     Returns its new name; the ledger and recovery's report tell of it. Raises OSError.
     """
-    aside = f"{FOUND_PREFIX}{secrets.token_hex(4)}-{name}"
+    aside = _name_aside(name)
     os.rename(name, aside, src_dir_fd=store.staging_fd, dst_dir_fd=store.originals_fd)
     os.fsync(store.originals_fd)
     os.fsync(store.staging_fd)
     with contextlib.suppress(OSError):
         store.ledger.append(Found(name=aside, why=why))
     return aside
+
+
+def _name_aside(name: str) -> str:
+    return f"{FOUND_PREFIX}{secrets.token_hex(4)}-{name}"
+
+
+def tells_of_file(error: OSError) -> bool:
+    """Whether an open that failed says something of what has the name: gone, no file, not for this user. Else it says
+    only how things stand at the moment (no descriptor or memory left, a disk or a server that fails), and nothing may
+    be concluded from it."""
+    return error.errno in _OF_THE_FILE
 
 
 def look(directory: int, name: str) -> os.stat_result | None:

@@ -1,12 +1,14 @@
 """What a program sees of a file's attributes: everything from the store, but the size of a photograph from its blob.
 
 A blob's size is 13 mod 64, so most files cost no look. A blob is opened once for each identity (device, inode, size,
-mtime and ctime: ext4 hands out a freed inode number at once). Dictionary operations are atomic under the
-interpreter's lock; a lost race costs one more look at a blob's last 64 bytes.
+mtime and ctime: ext4 hands out a freed inode number at once) in the life of a mount; the next one begins anew.
+Dictionary operations are atomic under the interpreter's lock; a lost race costs one more look at a blob's last 64
+bytes.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 
@@ -15,6 +17,10 @@ from esrfs.store.identity import Identity
 from esrfs.store.layout import Store
 
 _MOST = 100_000
+_TO_LOOK = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_SHOWN_AS_IT_IS = frozenset((errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO, errno.ENODEV))
+"""Why a file can't be opened whose size is none of a photograph: not ours to read, or no regular file any more. All
+other errors are the program's: it would take a blob's size for the photograph's, and copy a part of it."""
 
 
 class Attributes:
@@ -25,7 +31,8 @@ class Attributes:
         self._sizes: dict[Identity, int] = {}
 
     def size(self, directory: int, name: str, st: os.stat_result) -> int:
-        """The size that the view shows, in bytes, for the entry ``name`` whose lstat is ``st``."""
+        """The size that the view shows, in bytes, for the entry ``name`` whose lstat is ``st``. Raises OSError when a
+        blob can't be told from another file."""
         if not may_be_blob(st) or self._is_plain((st.st_dev, st.st_ino)):
             return st.st_size
         identity = Identity.from_stat(st)
@@ -33,9 +40,14 @@ class Attributes:
         if size is not None:
             return size
         try:
-            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
-        except OSError:
-            return st.st_size  # gone or replaced since, or not ours to read: the kernel asks again when it matters
+            try:
+                descriptor = os.open(name, _TO_LOOK | os.O_NONBLOCK, dir_fd=directory)
+            except BlockingIOError:  # another machine's server or program has a write lease, and was told to let go
+                descriptor = os.open(name, _TO_LOOK, dir_fd=directory)
+        except OSError as error:
+            if error.errno in _SHOWN_AS_IT_IS:
+                return st.st_size
+            raise
         try:
             now = os.fstat(descriptor)
             blob = examine(self._store, descriptor, now)

@@ -36,14 +36,14 @@ _SHARE_OF_THREADS_THAT_MAY_WAIT = 0.75
 
 
 class Entry(NamedTuple):
-    """A directory entry, with attributes where they were asked for."""
+    """A directory entry, with attributes where they were asked for and could be had."""
 
     name: str
     attributes: os.stat_result | None
     size: int
     inode: int
     kind: int
-    """File type bits of st_mode."""
+    """File type bits of st_mode. This and ``inode`` are 0 where nothing is known but the name."""
 
 
 class Filesystem:
@@ -259,11 +259,16 @@ class Filesystem:
         for name in os.listdir(descriptor):
             if at_root and name == RESERVED:
                 continue
+            st = None
             try:
                 st = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-            except OSError:
+                found = Entry(name, st, self.attributes.size(descriptor, name, st), st.st_ino, st.st_mode)
+            except FileNotFoundError:
                 continue  # removed since
-            yield Entry(name, st, self.attributes.size(descriptor, name, st), st.st_ino, st.st_mode)
+            except OSError:  # who asks for this one's attributes gets the error; the others are listed all the same
+                known = (0, 0) if st is None else (st.st_ino, stat.S_IFMT(st.st_mode))
+                found = Entry(name, None, 0, *known)
+            yield found
 
     def releasedir(self, number: int) -> None:
         self.handles.remove_directory(number)
@@ -289,7 +294,7 @@ class Filesystem:
         view = handle.file.view
         if view is None:
             return native.pread_into(handle.descriptor, address, size, offset)
-        count = view.read_into(address, size, offset)
+        count = view.read_into(address, size, offset, handle.file.path)
         if count is not None:
             return count
         content = changing.content(handle, view)

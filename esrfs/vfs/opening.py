@@ -322,7 +322,7 @@ def release(shared: Shared, number: int) -> None:
     file = handle.file
     if not file.changed:
         shared.handles.remove(number)
-        if file.view is not None and not file.handles and file.view.takes_memory:
+        if file.view is not None and not file.handles and file.view.ends_with_its_handles:
             shared.recent.drop(file.view.key)
         return
     guard = _guard_of(shared, handle)
@@ -337,9 +337,11 @@ def release(shared: Shared, number: int) -> None:
 def _guard_of(shared: Shared, handle: Handle) -> Handle | None:
     """A handle that keeps the file shown as plain while it is wrapped; None if it can't be taken for a blob."""
     file = handle.file
-    if file.view is not None or file.removed or len(file.handles) > 1 or not may_be_blob(os.fstat(handle.descriptor)):
+    if file.view is not None or file.removed or len(file.handles) > 1:
         return None
     try:
+        if not may_be_blob(os.fstat(handle.descriptor)):
+            return None
         descriptor = os.open(f"/proc/self/fd/{handle.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None

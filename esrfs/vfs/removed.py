@@ -73,10 +73,19 @@ class Removed:
         with self._changed:
             self._queue.append(hidden)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="esrfs-removed", daemon=True)
-                self._thread.start()
+                self._thread = self._started()
             self._changed.notify()
         return hidden
+
+    def _started(self) -> threading.Thread | None:
+        """The thread; None if the system allows no more, and the next name, or the end, sees to what is queued."""
+        thread = threading.Thread(target=self._run, name="esrfs-removed", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the name is gone already, so that is no failure of the deletion
+            log.warning("deleted files take up room in staging until the next is deleted (%s)", error)
+            return None
+        return thread
 
     def give_back(self, hidden: Hidden, directory: int, name: str) -> None:
         """What was to replace it did not: it gets its name again, unless somebody has that by now."""
@@ -100,6 +109,8 @@ class Removed:
             thread = self._thread
         if thread is not None:
             thread.join()
+        else:
+            self._run()
 
     def _run(self) -> None:
         while True:

@@ -2,13 +2,14 @@
 
 Everything before and after the scan comes from the recipe, without the engine (DESIGN 3.5). The rest waits for one
 reconstruction, whose result is a descriptor (of the cache's file, or of memory) that stays as it is until the last
-handle of the file is released: a program never sees bytes of two reconstructions.
+handle of the file is released: a program never sees bytes of two reconstructions. If the cache's disk fails to give
+what it holds, the view is rebuilt once more; were that to differ, who has the file open gets EIO.
 
 Who has waited too long gets EIO, but the reconstruction goes on, so that a picture which takes this machine longer than
 anybody may wait can be read at the next try.
 
-Locks: ``View._lock`` protects ``_content`` and ``_tickets``; nothing is waited for under it. ``Waits._lock`` protects
-its numbers: callbacks that wait, and reconstructions that go on.
+Locks: ``View._lock`` protects ``_content``, ``_lost`` and ``_tickets``; nothing is waited for under it.
+``Waits._lock`` protects its numbers: callbacks that wait, and reconstructions that go on.
 """
 
 from __future__ import annotations
@@ -139,6 +140,7 @@ class View:
         self._tail_start = self._head_end + recipe.scan_length
         self._lock = threading.Lock()
         self._content: Content | None = None
+        self._lost: Content | None = None  # what programs have read, and the disk does not give any more
         self._tickets: dict[int, set[Ticket[Rebuilt]]] = {}  # of reads that wait, by handle
 
     @property
@@ -147,9 +149,10 @@ class View:
         return self._content
 
     @property
-    def takes_memory(self) -> bool:
-        """The rebuilt view is in memory, since the cache could not take it."""
-        return self._content is not None and self._content.in_memory
+    def ends_with_its_handles(self) -> bool:
+        """It is not to be kept for the next open: the rebuilt view is in memory, since the cache could not take it, or
+        the cache has lost it."""
+        return self._lost is not None or (self._content is not None and self._content.in_memory)
 
     def look_in_cache(self, *, by_the_way: bool = False) -> Content | None:
         """Take the view from the cache, if it is there and was not taken before; or from the recipe that holds it
@@ -162,7 +165,10 @@ class View:
         return self._content
 
     def _install(self, hit: Hit) -> Content:
+        """Raises OSError(EIO) if programs have read other bytes."""
         content = Content(Descriptor(hit.descriptor), hit.sha256, hit.in_memory)
+        if self._lost is not None and self._lost.sha256 != content.sha256:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         with self._lock:
             if self._content is None:
                 self._content = content
@@ -225,7 +231,12 @@ class View:
         except EngineError:  # the mount ends
             self._waits.end_going_on()
             return False
-        threading.Thread(target=finish, name="rebuilding-goes-on", daemon=True).start()
+        try:
+            threading.Thread(target=finish, name="rebuilding-goes-on", daemon=True).start()
+        except RuntimeError:  # a limit on processes
+            ticket.release()
+            self._waits.end_going_on()
+            return False
         return True
 
     def _keep(self, rebuilt: Rebuilt, path: str) -> Content:
@@ -235,7 +246,14 @@ class View:
             )
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         other = self.content  # of another waiter for the same reconstruction
-        return other if other is not None else self._install(self._cache.put(self.key, rebuilt.file))
+        if other is not None:
+            return other
+        try:
+            return self._install(self._cache.put(self.key, rebuilt.file))
+        except OSError:
+            if self._lost is not None:
+                log.error("%s was rebuilt to other bytes than programs have read; they have to open it again", path)
+            raise
 
     @contextlib.contextmanager
     def _ticket(self, lane: Lane, handle: int) -> Iterator[Ticket[Rebuilt]]:
@@ -252,8 +270,7 @@ class View:
             ticket.release()
 
     def _rebuilding(self, lane: Lane) -> Ticket[Rebuilt]:
-        megapixels = self.recipe.width * self.recipe.height / 1e6
-        return self._engine.rebuild(self.recipe.sha256_view, self._load, lane, megapixels=megapixels)
+        return self._engine.rebuild(self.recipe.sha256_view, self._load, lane, megapixels=self.recipe.megapixels)
 
     def _result(self, ticket: Ticket[Rebuilt]) -> Rebuilt:
         deadline = time.monotonic() + self._waits.seconds
@@ -266,6 +283,16 @@ class View:
                     raise
             if self._waits.caller_was_killed():
                 raise OSError(errno.EINTR, os.strerror(errno.EINTR))
+
+    def give_up(self, content: Content, path: str) -> None:
+        """The cache's disk does not give it any more: who needs it next has it rebuilt."""
+        if self._content is not content:
+            return  # another reader was first
+        log.warning("%s: the cache's disk does not give its rebuilt view; it is rebuilt. Is that disk failing?", path)
+        self._cache.drop(self.key)
+        with self._lock:
+            if self._content is content:
+                self._content, self._lost = None, content
 
     def demote(self, handle: int) -> None:
         """A program closed this handle, or died: what only it waits for is no longer urgent."""
@@ -285,11 +312,16 @@ class View:
             return self._tail.read(offset - self._tail_start, end - offset)
         return None
 
-    def read_into(self, address: int, size: int, offset: int) -> int | None:
+    def read_into(self, address: int, size: int, offset: int, path: str) -> int | None:
         """Read to memory at ``address``; the number of bytes, or None if the reconstruction is needed first."""
         content = self._content
         if content is not None:
-            return native.pread_into(content.descriptor.number, address, size, offset)
+            try:
+                return native.pread_into(content.descriptor.number, address, size, offset)
+            except OSError as error:
+                if content.in_memory or error.errno != errno.EIO:
+                    raise
+                self.give_up(content, path)
         data = self.known(offset, size)
         if data is None:
             return None
