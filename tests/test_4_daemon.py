@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import resource
@@ -15,18 +16,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 import watchdog.observers
-from esrfs_daemon import config, status, throttle, watch
+from esrfs_daemon import asking, config, status, throttle, walk, watch
+from esrfs_daemon import service as service_module
 from esrfs_daemon.journal import Journal
 from esrfs_daemon.service import Service
 
+from esrfs.store import linux
+from esrfs.store.initialise import init
 from tests.mounting import Mounted
+from tests.small_disk import small_disk
 from tests.test_4_migrate import ODD_NAMES, contents, odd_tree, write
 from tests.witness import wait_until
 
-pytestmark = pytest.mark.mount
+pytestmark = [
+    pytest.mark.mount,
+    # watchdog's books may name a folder twice when folders are renamed while it looks at them. As an error, its warning
+    # would end the thread that reads events, as in no real daemon.
+    pytest.mark.filterwarnings("ignore:Callback with id:RuntimeWarning"),
+]
 
 
 @pytest.fixture
@@ -114,6 +125,230 @@ def test_a_source_that_is_mirrored_stays_whatever_event_names_it(mounted: Mounte
         wait_for(service, lambda rule: rule.migrated_files == 2)
         wait_for(service, lambda rule: rule.state == "idle")
     assert contents(source) == {"phone/DCIM/a.jpg": b"content"}
+
+
+def test_what_is_in_a_trash_stays_there(mounted: Mounted, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole card or home as the source: its trash lies in it, and what was put there is seen to come there."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(source / ".local" / "share"))
+    write(source / "a.jpg")
+    write(source / ".Trash-1000" / "files" / "deleted.jpg")
+    write(source / "Trash" / "a band.jpg")
+    to = mounted.path / "in"
+    with running(settings(source, to, then="trash", reconcile_seconds=1.0)) as service:
+        wait_for(service, lambda rule: rule.migrated_files == 2)
+        write(source / "b.jpg")
+        wait_for(service, lambda rule: rule.migrated_files == 3)
+        reconciled = rule_of(service).reconciles
+        wait_for(service, lambda rule: rule.reconciles >= reconciled + 3)
+        assert rule_of(service).migrated_files == 3
+    assert contents(to).keys() == {"a.jpg", "Trash/a band.jpg", "b.jpg"}
+    assert not (to / ".Trash-1000").exists()
+    trash = source / ".local" / "share" / "Trash" / "files"
+    assert contents(trash).keys() == {"a.jpg", "a band.jpg", "b.jpg"}
+
+
+@pytest.fixture
+def family(source: Path, can_mount: None) -> Iterator[Mounted]:
+    """A store in the source, not mounted yet; its view will be in the source, too."""
+    (source / "family").mkdir()
+    mount = Mounted(source / "family")
+    mount.log_path = source.with_name("family.log")
+    try:
+        yield mount
+    finally:
+        mount.clean_up()
+
+
+def plain(store: Path) -> dict[str, bytes]:
+    """What is in a store, but for esrfs' own."""
+    return {path: data for path, data in contents(store).items() if not path.startswith(".esrfs/")}
+
+
+@pytest.mark.parametrize("even_if_mirrored", [False, True])
+def test_a_store_in_the_source_and_its_view_stay_whatever_event_names_them(  # noqa: PLR0917
+    mounted: Mounted,
+    source: Path,
+    family: Mounted,
+    expect_log: Callable[[str], None],
+    caplog: pytest.LogCaptureFixture,
+    even_if_mirrored: bool,
+) -> None:
+    """The photographs in a view may be rebuilt ones, and in a store they are blobs."""
+    expect_log("a mounted esrfs")
+    expect_log("a store of esrfs")
+    write(family.store / "p.jpg")
+    family.start()
+    to = mounted.path / "in"
+    with running(settings(source, to, then="delete", even_if_mirrored=even_if_mirrored)) as service:
+        wait_for(service, lambda rule: rule.reconciles == 1 and rule.state == "idle")
+        (family.path / "p.jpg").chmod(0o640)
+        write(family.path / "new" / "q.jpg", b"saved in the view")
+        write(family.store / ".esrfs" / "originals" / "kept", b"an original")
+        write(family.store / "blob.jpg", b"as the compactor does")
+        write(source / "family" / "beside.jpg")
+        wait_for(service, lambda rule: rule.migrated_files and rule.waiting_files == 0 and rule.state == "idle")
+        assert rule_of(service).migrated_files == 1
+    assert contents(to) == {"family/beside.jpg": b"content"}
+    assert plain(family.store) == {
+        "p.jpg": b"content",
+        "new/q.jpg": b"saved in the view",
+        "blob.jpg": b"as the compactor does",
+    }
+    assert (family.store / ".esrfs" / "originals" / "kept").read_bytes() == b"an original"
+    said = [record.getMessage() for record in caplog.records if "not migrated as asked" in record.getMessage()]
+    assert len(said) == 2, said
+
+
+def test_a_folder_that_becomes_a_store_while_its_files_settle(
+    mounted: Mounted, source: Path, family: Mounted, expect_log: Callable[[str], None]
+) -> None:
+    """As by ``init --in-place`` and a mount: the names that events told of lead into the view by then."""
+    expect_log("a mounted esrfs")
+    expect_log("a store of esrfs")
+    to = mounted.path / "in"
+    with running(settings(source, to, then="delete", quiet=4.0)) as service:
+        wait_for(service, lambda rule: rule.reconciles == 1 and rule.state == "idle")
+        write(source / "old" / "p.jpg")
+        wait_for(service, lambda rule: rule.waiting_files == 1)
+        family.config = init(str(source / "old")).config
+        family.store, family.path = source / ".old.esrfs", source / "old"
+        os.rename(family.path, family.store)
+        family.path.mkdir()
+        family.start()
+        write(source / "later.jpg")
+        (source / "old" / "p.jpg").chmod(0o640)
+        wait_for(service, lambda rule: rule.migrated_files and rule.waiting_files == 0 and rule.state == "idle")
+        time.sleep(5.0)  # what looks changed after its time settles once more
+        wait_for(service, lambda rule: rule.waiting_files == 0 and rule.state == "idle")
+        assert rule_of(service).migrated_files == 1
+    assert contents(to) == {"later.jpg": b"content"}
+    assert plain(family.store) == {"p.jpg": b"content"}
+
+
+def readers() -> list[Any]:
+    """watchdog's threads that read events from the kernel."""
+    return [thread for thread in threading.enumerate() if type(thread).__name__ == "InotifyFD"]
+
+
+def test_folders_that_exchange_their_names_do_not_end_the_daemon(mounted: Mounted, source: Path) -> None:
+    """As ``init --in-place`` does it. watchdog's books are wrong from then on."""
+    for name in ("one", "two", "three"):
+        (source / name).mkdir()
+        (source / f".{name}").mkdir()
+    with running(settings(source, mounted.path / "in", then="delete")) as service:
+        wait_for(service, lambda rule: rule.reconciles == 1 and rule.state == "idle")
+        for name in ("one", "two", "three"):
+            fd = os.open(source, os.O_RDONLY)
+            linux.renameat2(fd, name, fd, f".{name}", linux.RENAME_EXCHANGE)
+            os.close(fd)
+        time.sleep(1.0)
+        write(source / "later.jpg")
+        wait_for(service, lambda rule: rule.migrated_files == 1 and rule.state == "idle")
+        reading = readers()
+    assert rule_of(service).state == "stopping"
+    assert not [thread for thread in reading if thread.is_alive()]
+
+
+def test_a_watch_whose_reader_has_ended_is_no_watch(
+    mounted: Mounted, source: Path, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("watching has ended unexpectedly")
+    with running(settings(source, mounted.path / "in", reconcile_seconds=2.0)) as service:
+        wait_for(service, lambda rule: rule.reconciles == 1 and rule.state == "idle")
+        if not readers():
+            pytest.skip("this watchdog reads its events in the thread that tells of them")
+        readers()[0].stop()
+        wait_for(service, lambda rule: rule.watch == "polling")
+        write(source / "a.jpg")
+        wait_for(service, lambda rule: rule.migrated_files == 1)
+
+
+def test_a_view_in_the_source_that_hangs_does_not_hang_the_daemon(
+    mounted: Mounted,
+    source: Path,
+    family: Mounted,
+    monkeypatch: pytest.MonkeyPatch,
+    expect_log: Callable[[str], None],
+) -> None:
+    for text in ("a mounted esrfs", "a store of esrfs", "does not answer"):
+        expect_log(text)
+    monkeypatch.setattr("esrfs_daemon.asking._ANSWER_SECONDS", 0.5)
+    write(family.store / "p.jpg")
+    write(source / "a.jpg")
+    family.start()
+    assert family.process is not None
+    time.sleep(1.1)  # the kernel forgets what it knows of the view
+    family.process.send_signal(signal.SIGSTOP)
+    try:
+        with running(settings(source, mounted.path / "in", then="delete")) as service:
+            try:
+                wait_for(service, lambda rule: rule.reconciles == 1 and rule.migrated_files == 1, 15)
+                assert rule_of(service).watch == "polling"
+                write(source / "b.jpg")
+                wait_for(service, lambda rule: rule.migrated_files == 2, 15)
+            finally:
+                family.process.send_signal(signal.SIGCONT)
+    finally:
+        family.process.send_signal(signal.SIGCONT)
+    assert plain(family.store) == {"p.jpg": b"content"}
+    assert contents(mounted.path / "in") == {"a.jpg": b"content", "b.jpg": b"content"}
+
+
+@pytest.mark.parametrize("where", ["at its start", "in the middle"])
+@pytest.mark.parametrize("end", ["it answers", "the daemon ends"])
+def test_a_source_that_hangs_stops_no_other(  # noqa: PLR0917
+    mounted: Mounted,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    expect_log: Callable[[str], None],
+    where: str,
+    end: str,
+) -> None:
+    """As a folder of a server that is away."""
+    expect_log("answer")
+    far = tmp_path / "far"
+    write(far / "sub" / "far.jpg")
+    write(source / "near.jpg")
+    answer = threading.Event()
+
+    def hanging(module: Any, name: str, when: Callable[..., bool]) -> None:
+        really = getattr(module, name)
+
+        def hangs(*arguments: Any, **named: Any) -> Any:
+            if when(*arguments):
+                answer.wait()
+            return really(*arguments, **named)
+
+        monkeypatch.setattr(module, name, hangs)
+
+    hanging(os, "statvfs", lambda path: path == str(far))
+    if where == "at its start":
+        hanging(asking, "open_folder", lambda path: path == str(far))
+    else:
+        hanging(walk, "look", lambda _directory, name, *_: name == "far.jpg")
+    monkeypatch.setattr(asking, "_ANSWER_SECONDS", 0.3)
+    for name, seconds in {"_LOOK_SECONDS": 0.2, "_LAST_SECONDS": 0.2, "_RETRY_SECONDS": 0.3}.items():
+        monkeypatch.setattr(service_module, name, seconds)
+    to = mounted.path / "in"
+    first = settings(far, to / "far", polling=True)
+    both = msgspec.structs.replace(first, rules=[*first.rules, *settings(source, to / "near").rules])
+    try:
+        with running(both) as service:
+            wait_until(lambda: contents(to / "near") == {"near.jpg": b"content"})
+            wait_for(service, lambda rule: rule.state == "waiting" and "answer" in rule.reason)
+            write(source / "later.jpg")
+            wait_until(lambda: len(contents(to / "near")) == 2)
+            if end == "it answers":
+                answer.set()
+                wait_until(lambda: contents(to / "far") == {"sub/far.jpg": b"content"})
+                wait_for(service, lambda rule: rule.state == "idle" and not rule.reason)
+        assert service.left_behind == (where == "in the middle" and end == "the daemon ends")
+    finally:
+        answer.set()
+    for thread in threading.enumerate():
+        if thread.name == "rule-0":
+            thread.join()
 
 
 def test_without_events_the_folder_is_walked(
@@ -209,6 +444,70 @@ def test_low_space_and_battery_pause_the_work(
         assert contents(mounted.path) == {}
         low = False
         wait_for(service, lambda rule: rule.migrated_files == 1)
+
+
+@pytest.mark.parametrize("full_at_the_start", [False, True])
+def test_without_room_for_the_journal_it_waits_and_touches_nothing(  # noqa: PLR0917
+    mounted: Mounted,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    expect_log: Callable[[str], None],
+    full_at_the_start: bool,
+) -> None:
+    expect_log("its disk is full")
+    monkeypatch.setattr("esrfs_daemon.service._RETRY_SECONDS", 0.5)
+    caplog.set_level(logging.INFO, "esrfs.daemon")
+    tries = []
+    make_room = Journal.make_room
+    monkeypatch.setattr(Journal, "make_room", lambda self: (tries.append(time.monotonic()), make_room(self)))
+    to = mounted.path / "in"
+    before = {f"{number:03}.jpg": os.urandom(2000) for number in range(100)}
+    with small_disk(tmp_path / "disk") as disk:
+        journal = disk.path / "state" / "j.db"
+        what = msgspec.structs.replace(settings(source, to, then="delete"), journal=str(journal))
+        if full_at_the_start:
+            disk.fill()
+        with running(what) as service:
+            if not full_at_the_start:
+                write(source / "first.jpg")
+                wait_for(service, lambda rule: rule.touched_files == 1 and rule.state == "idle")
+                disk.fill()
+            for name, content in before.items():
+                write(source / name, content)
+            wait_for(service, lambda rule: rule.state == "waiting")
+            wait_until(lambda: len(tries) > 3)
+            assert all(later - sooner > 0.4 for sooner, later in itertools.pairwise(tries))
+            reason = rule_of(service).reason
+            assert str(journal) in reason
+            assert reason.endswith("Make room there; work goes on by itself")
+            assert contents(source) == before
+            disk.free()
+            wait_for(service, lambda rule: rule.touched_files == 100 + (not full_at_the_start))
+            wait_for(service, lambda rule: rule.state == "idle")
+        said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert len(said) == 1, said
+        assert any(record.getMessage().endswith("going on") for record in caplog.records)
+        with contextlib.closing(Journal(journal)) as known:
+            assert known.unfinished(str(source)) == []
+    assert contents(source) == {}
+    assert before.items() <= contents(to).items()
+
+
+def test_once_ends_where_there_is_no_room_for_the_journal(mounted: Mounted, source: Path, tmp_path: Path) -> None:
+    write(source / "a.jpg")
+    what = configure(tmp_path, source, mounted.path / "in")
+    with small_disk(tmp_path / "disk") as disk:
+        what.write_text(f'journal = "{disk.path}/j.db"\n{what.read_text()}')
+        disk.fill()
+        command = [sys.executable, "-m", "esrfs_daemon.main", "--config", str(what), "--once"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "its disk is full" in done.stderr
+    assert done.stderr.count("Make room there; give the command again") == 1
+    assert "Traceback" not in done.stderr
+    assert contents(source) == {"a.jpg": b"content"}
 
 
 def test_problems_are_named_once(mounted: Mounted, source: Path, caplog: pytest.LogCaptureFixture, expect_log) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -24,17 +25,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from esrfs_daemon import config, copying, destination, durable, once, sources, undo
-from esrfs_daemon.journal import Busy, Journal
+from esrfs_daemon import config, copying, destination, durable, once, recovery, sources, undo, walk
+from esrfs_daemon.journal import Busy, Journal, JournalError
 from esrfs_daemon.migration import FAULT_POINTS, Migration
+from esrfs_daemon.nested import STORE, VIEW
 from esrfs_daemon.report import DestinationLost, NoRoom, Report
+from esrfs_daemon.settle import Settling
 from esrfs_daemon.suitable import Refused
 from esrfs_daemon.throttle import Stopped, Throttle
 from esrfs_daemon.walk import Filters
 
+from esrfs.cli import migrating as migrating_command
+from esrfs.cli.show import CommandError
+from esrfs.exit_codes import ExitCode
 from esrfs.store import linux
+from esrfs.store.initialise import init
 from tests.asking import Asking
 from tests.mounting import Mounted
+from tests.small_disk import small_disk
 from tests.witness import QuickMounted, paused_at, photo, wait_until
 
 pytestmark = pytest.mark.mount
@@ -316,6 +324,29 @@ def test_a_folder_whose_name_a_file_has_taken_is_reported(migrating: Migrating) 
     report = migrating.migrate("delete")
     assert {note.path for note in report.failed} == {"2024", "2024/a.jpg"}
     assert (migrating.source / "2024" / "a.jpg").exists()
+
+
+def test_a_folder_that_is_renamed_after_it_was_found_comes_later(
+    migrating: Migrating, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(migrating.source / "card" / "raw" / "a.jpg")
+    (migrating.source / "card" / "empty").mkdir()
+    walked = walk.walk
+
+    def renaming(*arguments: Any, **options: Any) -> Iterator[walk.Found]:
+        found = list(walked(*arguments, **options))
+        (migrating.source / "card").rename(migrating.source / "holidays")
+        return iter(found)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(walk, "walk", renaming)
+        report = migrating.migrate("delete")
+    assert report.failed == []
+    assert {note.path for note in report.later} == {"card", "card/raw", "card/empty", "card/raw/a.jpg"}
+    assert os.listdir(migrating.to) == []
+    report = migrating.migrate("delete")
+    assert (report.copied, report.failed, report.later) == (1, [], [])
+    assert contents(migrating.to) == {"holidays/raw/a.jpg": b"content"}
 
 
 def test_a_file_that_changes_after_its_migration_is_kept_beside(migrating: Migrating) -> None:
@@ -636,15 +667,15 @@ def test_an_error_at_the_common_step_is_found_out_file_by_file(
     def syncfs(fd: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(linux, "syncfs", syncfs)
-    monkeypatch.setattr(copying, "make_durable", fails)
-    report = migrating.migrate("delete")
+    with monkeypatch.context() as failing:
+        failing.setattr(linux, "syncfs", syncfs)
+        failing.setattr(copying, "make_durable", fails)
+        report = migrating.migrate("delete")
     assert {note.path: note.reason for note in report.failed} == {"007.jpg": "Input/output error"}
     assert contents(migrating.source) == {"007.jpg": before["007.jpg"]}
     assert contents(migrating.to) == {name: content for name, content in before.items() if name != "007.jpg"}
     assert parts(migrating) == []
     assert len(set(fsynced)) == 70
-    monkeypatch.undo()
     assert migrating.migrate("delete").touched == 1
     assert contents(migrating.to) == before
 
@@ -757,15 +788,125 @@ def test_an_error_nobody_expects_leaves_no_part_behind(migrating: Migrating, mon
     def record(self: Migration, batch: object) -> None:
         raise sqlite3.OperationalError("disk I/O error")
 
-    monkeypatch.setattr(Migration, "_record", record)
-    with pytest.raises(sqlite3.OperationalError):
+    with monkeypatch.context() as patched, pytest.raises(sqlite3.OperationalError):
+        patched.setattr(Migration, "_record", record)
         migrating.migrate("delete")
     assert contents(migrating.source) == before
     assert parts(migrating) == []
-    monkeypatch.undo()
     report = migrating.migrate("delete")
     assert (report.touched, report.beside, report.failed) == (150, [], [])
     assert contents(migrating.to) == before
+
+
+@contextlib.contextmanager
+def read_only_after(good: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """The journal takes so many writes, and then none, as on a disk that was made read-only; whether each was taken."""
+    write_rows: Callable[..., None] = Journal.write
+    written: list[bool] = []
+
+    def write(self: Journal, rows: Any, forget: Any = ()) -> None:
+        written.extend([len(written) < good] if rows else [])
+        with self._using() as connection:
+            connection.execute(f"PRAGMA query_only = {not all(written)}")
+        write_rows(self, rows, forget)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "write", write)
+        yield written
+
+
+@pytest.mark.parametrize("good", range(8))
+def test_no_source_is_touched_that_the_journal_can_not_note(
+    migrating: Migrating, monkeypatch: pytest.MonkeyPatch, good: int
+) -> None:
+    before = small_files(migrating, 150)
+    (migrating.source / "empty").mkdir()
+    with read_only_after(good, monkeypatch) as written, migrating.prepared() as work:
+        if good < 7:
+            with pytest.raises(JournalError, match=r"migration\.db.*readonly"):
+                work.migrate("delete", quiet=0.0)
+        else:
+            work.migrate("delete", quiet=0.0)
+        report = work.report
+    assert (len(written) > good) == (good < 7)
+    left, there = contents(migrating.source), contents(migrating.to)
+    with contextlib.closing(Journal()) as journal:
+        noted = {row.source for row in journal.to_undo(str(migrating.source), str(migrating.to))}
+    assert noted >= before.keys() - left.keys()
+    assert {**there, **left} == before
+    assert report.touched == len(before) - len(left)
+    assert report.copied == len([name for name in noted if name in before]), "what is not recorded is not told"
+    assert parts(migrating) == []
+
+    report = migrating.migrate("delete")
+    assert not report.failed + report.left + report.later + report.beside
+    assert contents(migrating.to) == before
+    assert contents(migrating.source) == {}
+    assert not migrating.undo().failed
+    assert contents(migrating.source) == before
+
+
+@pytest.mark.parametrize("good", range(7))
+def test_an_undo_that_the_journal_can_not_note_is_found_done_by_the_next(
+    migrating: Migrating, monkeypatch: pytest.MonkeyPatch, good: int
+) -> None:
+    before = small_files(migrating, 3)
+    migrating.migrate("delete")
+    with read_only_after(good, monkeypatch), migrating.prepared() as work:
+        with contextlib.nullcontext() if good == 6 else pytest.raises(JournalError, match="readonly"):
+            work.undo()  # two writes for each: that its copy is about to leave, and that it has left
+        assert work.undo_report.restored == min(good // 2 + 1, 3)
+        assert work.undo_report.removed == (good + 1) // 2
+    assert {**contents(migrating.source), **contents(migrating.to)} == before
+    report = migrating.undo()
+    assert not report.failed + report.kept
+    assert contents(migrating.source) == before
+    assert contents(migrating.to) == {}
+
+
+def test_the_command_tells_what_it_did_until_the_journal_failed(
+    migrating: Migrating, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_files(migrating, 150)
+    time.sleep(2.1)  # at rest when they are walked, so that there are batches of 64
+    command = functools.partial(
+        migrating_command.migrate, str(migrating.source), str(migrating.to), min_free="0", as_json=True
+    )
+    for good, options, told in (
+        (3, {"then": migrating_command.Then.DELETE}, {"copied": 64, "touched": 64, "complete": False}),
+        (4, {"undo": True}, {"restored": 2, "removed": 2}),  # what was interrupted is put right first
+    ):
+        with read_only_after(good, monkeypatch), pytest.raises(CommandError) as caught:
+            command(**options)
+        assert caught.value.exit_code == ExitCode.FAILED
+        assert re.search(r"migration\.db.*readonly.*; give the command again$", str(caught.value))
+        assert told.items() <= json.loads(capsys.readouterr().out).items()
+
+
+def test_the_command_says_that_there_is_no_room_for_the_journal(
+    migrating: Migrating, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with small_disk(tmp_path / "state") as disk:
+        monkeypatch.setenv("XDG_STATE_HOME", str(disk.path))
+        first = write(migrating.source / "first.jpg")
+        assert migrating.command("--then", "delete").returncode == 0
+        before = small_files(migrating, 150)
+        disk.fill()
+        for options in (["--then", "delete"], ["--undo"], ["--then", "delete", "--json"]):
+            done = migrating.command(*options)
+            assert done.returncode == 1, done.stderr
+            said = done.stderr.splitlines()
+            assert len(said) == 1, done.stderr
+            assert contents(migrating.source) == before
+            assert "migration.db" in said[0]
+            assert "its disk is full" in said[0]
+            assert said[0].endswith("Make room there; give the command again")
+            assert {**contents(migrating.to), **contents(migrating.source)} == {**before, "first.jpg": b"content"}
+        disk.free()
+        done = migrating.command("--then", "delete")
+        assert done.returncode == 0, done.stderr
+        assert contents(migrating.source) == {}
+        assert contents(migrating.to) == {**before, first.name: b"content"}
 
 
 @pytest.mark.parametrize("point", ["migrate.copied", "migrate.synced", "migrate.recorded"])
@@ -835,6 +976,95 @@ def test_one_within_the_other_is_refused(mounted: Mounted, tmp_path: Path) -> No
     assert contents(mounted.path) == {"in/a.jpg": b"content"}
 
 
+@pytest.mark.parametrize("quiet", [0.0, 2.0])
+def test_what_becomes_a_store_or_a_view_after_it_was_walked_stays(
+    migrating: Migrating, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: float
+) -> None:
+    """While the migration waits to be allowed, and (``quiet``) while the files settle."""
+    for name in ("a.jpg", "b/p.jpg", "b/q.jpg", "c/p.jpg"):
+        write(migrating.source / name)
+    (tmp_path / "family").mkdir()
+    family = Mounted(tmp_path / "family")
+    family.path = migrating.source / "c"
+    write(family.store / "p.jpg", b"in the view")
+    whose, step = (Settling, "take") if quiet else (Migration, "_check_room")
+    as_ever = getattr(whose, step)
+
+    def meanwhile(*arguments: Any) -> Any:
+        if not destination.views_below(str(migrating.source)):
+            init(str(migrating.source / "b"))
+            os.rename(family.path, tmp_path / "away")
+            family.path.mkdir()
+            family.start()
+        return as_ever(*arguments)
+
+    monkeypatch.setattr(whose, step, meanwhile)
+    try:
+        report = migrating.migrate("delete", quiet=quiet)
+        assert contents(migrating.to) == {"a.jpg": b"content"}
+        assert contents(migrating.source / "b").keys() >= {"p.jpg", "q.jpg"}
+        assert contents(family.store)["p.jpg"] == b"in the view"
+        assert {note.path: note.reason for note in report.failed} == {"b": STORE, "c": VIEW}
+        assert len(report.failed) == 2, "each is named once"
+    finally:
+        family.clean_up()
+
+
+@contextlib.contextmanager
+def alias(of: Path, at: Path) -> Iterator[None]:
+    """A folder under a second path, as network shares and containers give it, too."""
+    at.mkdir(exist_ok=True)
+    subprocess.run(["mount", "--bind", of, at], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", at], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a folder a second time")
+@pytest.mark.parametrize("then", ["delete", "trash", "symlink"])
+@pytest.mark.parametrize("seen_alike", [True, False])
+def test_a_source_that_is_its_own_copy_stays(
+    migrating: Migrating, monkeypatch: pytest.MonkeyPatch, then: config.Then, seen_alike: bool
+) -> None:
+    """A folder of the store, by another path: each file lies in the destination already, since it is that.
+    ``seen_alike``: the two show the same inode and times, which network filesystems need not."""
+    below = migrating.mount.store / "in"
+    write(below / "a.jpg")
+    write(below / "b.jpg")
+    os.link(below / "b.jpg", below / "c.jpg")
+    os.symlink("a.jpg", below / "link")
+    if not seen_alike:
+        monkeypatch.setattr("esrfs_daemon.touching._looks_the_same", lambda one, other: False)
+    with alias(below, migrating.source):
+        report = migrating.migrate(then)
+        assert {note.path for note in report.left} == {"a.jpg", "b.jpg", "c.jpg"} | (
+            {"link"} if then != "symlink" else set()
+        )
+        if then != "trash":  # whose folder is beyond a mount here, so that nothing could get there
+            assert all("another path" in note.reason for note in report.left)
+        assert report.touched == 0
+    assert contents(below) == {"a.jpg": b"content", "b.jpg": b"content", "c.jpg": b"content", "link": b"-> a.jpg"}
+    assert parts(migrating) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a folder a second time")
+def test_a_blob_is_no_original_wherever_it_lies(quick: QuickMounted, tmp_path: Path) -> None:
+    """A store's folder by a path that doesn't tell that it is one: a share, a bind mount, a backup."""
+    quick.start()
+    (quick.path / "old").mkdir()
+    (quick.path / "old" / "a.jpg").write_bytes(photo())
+    assert quick.compact()["compacted"] == 1
+    before = contents(quick.store / "old")
+    (tmp_path / "source").mkdir()
+    migrating = Migrating(tmp_path / "source", quick)
+    with alias(quick.store / "old", migrating.source):
+        report = migrating.migrate("delete")
+        assert [note.path for note in report.left] == ["a.jpg"]
+        assert "in the place of a photograph" in report.left[0].reason
+    assert contents(quick.store / "old") == before
+
+
 def test_one_source_is_migrated_by_one_process(migrating: Migrating) -> None:
     with migrating.prepared(), pytest.raises(Busy):
         migrating.migrate()
@@ -894,7 +1124,12 @@ _OF_SOURCES = ("migrate.recorded", "migrate.aside", "migrate.looked", "migrate.t
 
 
 @pytest.mark.parametrize(
-    ("then", "points"), [("delete", FAULT_POINTS), ("trash", _OF_SOURCES), ("symlink", _OF_SOURCES)]
+    ("then", "points"),
+    [
+        ("delete", FAULT_POINTS),
+        pytest.param("trash", _OF_SOURCES, marks=pytest.mark.slow),
+        pytest.param("symlink", _OF_SOURCES, marks=pytest.mark.slow),
+    ],
 )
 def test_a_kill_at_each_step_loses_nothing_and_the_next_run_finishes(
     migrating: Migrating, then: config.Then, points: tuple[str, ...]
@@ -925,6 +1160,140 @@ def test_a_kill_at_each_step_loses_nothing_and_the_next_run_finishes(
         assert contents(base) == expected
         assert contents(migrating.to) == {}, point
         shutil.rmtree(base)
+
+
+def replaced(folder: Path, by: str) -> Callable[[], None]:
+    """Put something else in the place of a folder; what puts it back."""
+    away = folder.parent.parent / f"{folder.name} (moved)"
+    os.rename(folder, away)
+    if by == "symlink":
+        folder.symlink_to(away)
+    elif by == "file":
+        folder.write_bytes(b"a file")
+
+    def back() -> None:
+        with contextlib.suppress(FileNotFoundError):
+            folder.unlink()
+        os.rename(away, folder)
+
+    return back
+
+
+@pytest.mark.parametrize("by", ["symlink", "file"])
+def test_a_part_that_a_crash_left_where_no_folder_is_any_more_holds_nothing_up(migrating: Migrating, by: str) -> None:
+    write(migrating.source / "2024" / "a.jpg")
+    assert migrating.command("--then", "delete", faults="migrate.copied=kill").returncode == -9
+    (part,) = parts(migrating)
+    back = replaced(migrating.to / "2024", by)
+    write(migrating.source / "other.jpg")
+    result = migrating.command("--then", "delete")
+    assert result.returncode == 1
+    assert (migrating.to / "other.jpg").exists(), "the others go"
+    assert part in result.stderr, "what people may delete"
+    assert contents(migrating.source) == {"2024/a.jpg": b"content"}
+    assert part not in migrating.command("--then", "delete").stderr, "told once"
+    undone = migrating.undo()
+    assert [(note.path, part in note.reason) for note in undone.failed] == [("2024/a.jpg", True)]
+    back()
+    assert not migrating.migrate("delete").failed
+    assert parts(migrating) == []
+    assert contents(migrating.to) == {"2024/a.jpg": b"content", "other.jpg": b"content"}
+
+
+@pytest.mark.parametrize("then", ["delete", "symlink"])
+@pytest.mark.parametrize("by", ["symlink", "file"])
+def test_a_source_that_a_crash_left_aside_where_no_folder_is_any_more_holds_nothing_up(
+    migrating: Migrating, then: config.Then, by: str
+) -> None:
+    write(migrating.source / "2024" / "a.jpg")
+    assert migrating.command("--then", then, faults="migrate.looked=kill").returncode == -9
+    (aside,) = (migrating.source / "2024").glob(".esrfs-*.taken")
+    back = replaced(migrating.source / "2024", by)
+    write(migrating.source / "other.jpg")
+    result = migrating.command("--then", then)
+    assert result.returncode == 1
+    assert contents(migrating.to)["other.jpg"] == b"content", "the others go"
+    assert aside.name in result.stderr, "people are told where the file is"
+    assert str(migrating.to / "2024" / "a.jpg") in result.stderr, "and its copy"
+    assert aside.name not in migrating.command("--then", then).stderr, "told once"
+    undone = migrating.undo()
+    assert any(note.path == "2024/a.jpg" and "put the folder back" in note.reason.lower() for note in undone.failed)
+    assert contents(migrating.to) == {"2024/a.jpg": b"content"}
+    back()
+    assert not migrating.migrate(then).failed
+    assert parts(migrating) == []
+    assert (migrating.source / "2024" / "a.jpg").is_symlink() == (then == "symlink")
+    assert not migrating.undo().failed
+    assert contents(migrating.source) == {"2024/a.jpg": b"content", "other.jpg": b"content"}
+    assert contents(migrating.to) == {}
+
+
+def test_a_source_that_a_crash_left_aside_in_a_folder_that_was_renamed_is_named(migrating: Migrating) -> None:
+    write(migrating.source / "2024" / "a.jpg")
+    assert migrating.command("--then", "delete", faults="migrate.looked=kill").returncode == -9
+    os.rename(migrating.source / "2024", migrating.source / "Italy")
+    (aside,) = (migrating.source / "Italy").glob(".esrfs-*.taken")
+    for _ in range(2):
+        report = migrating.migrate("delete")
+        assert [note.path for note in report.failed] == [f"Italy/{aside.name}"]
+        assert "rename it" in report.failed[0].reason
+    os.rename(aside, aside.with_name("a.jpg"))
+    assert not migrating.migrate("delete").failed
+    assert contents(migrating.to) == {"2024/a.jpg": b"content", "Italy/a.jpg": b"content"}
+
+
+def test_a_source_that_a_crash_left_aside_on_a_card_is_put_back_when_that_comes_again(migrating: Migrating) -> None:
+    write(migrating.source / "card" / "a.jpg")
+    assert migrating.command("--then", "delete", faults="migrate.looked=kill").returncode == -9
+    back = replaced(migrating.source / "card", "nothing")
+    write(migrating.source / "other.jpg")
+    assert migrating.command("--then", "delete").returncode == 0
+    back()
+    assert not migrating.migrate("keep").failed
+    assert contents(migrating.source) == {"card/a.jpg": b"content"}
+    assert contents(migrating.to) == {"card/a.jpg": b"content", "other.jpg": b"content"}
+
+
+@pytest.mark.parametrize("state", ["begun", "verified"])
+def test_what_cannot_be_put_right_after_a_crash_is_tried_again(
+    migrating: Migrating, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    """A disk that fails, say: others are migrated, and --undo leaves it alone."""
+    write(migrating.source / "2024" / "a.jpg")
+    point = "migrate.copied" if state == "begun" else "migrate.looked"
+    assert migrating.command("--then", "delete", faults=f"{point}=kill").returncode == -9
+    write(migrating.source / "other.jpg")
+    as_ever = recovery.beneath
+
+    def fails(root: int, path: str, flags: int) -> int:
+        if path == "2024":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return as_ever(root, path, flags)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery, "beneath", fails)
+        for _ in range(2):
+            report = migrating.migrate("keep")
+            assert any(note.path == "2024/a.jpg" and "tries again" in note.reason for note in report.failed)
+            assert contents(migrating.to).keys() >= {"other.jpg"}
+        undone = migrating.undo()
+        assert [(note.path, "tries again" in note.reason) for note in undone.failed] == [("2024/a.jpg", True)]
+        assert contents(migrating.source)["other.jpg"] == b"content"
+    report = migrating.migrate("delete")
+    assert not report.failed + report.left + report.later
+    assert contents(migrating.source) == {}
+    assert contents(migrating.to) == {"2024/a.jpg": b"content", "other.jpg": b"content"}
+    assert [path.name for path in migrating.mount.store.rglob(".esrfs-*")] == []
+
+
+def test_a_part_in_another_destination_waits_for_that(migrating: Migrating, source: Path) -> None:
+    write(migrating.source / "a.jpg")
+    assert migrating.command(faults="migrate.copied=kill").returncode == -9
+    elsewhere = Migrating(source, migrating.mount, "elsewhere")
+    assert not elsewhere.migrate().failed
+    assert len(parts(migrating)) == 1
+    migrating.migrate()
+    assert parts(migrating) == []
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])])

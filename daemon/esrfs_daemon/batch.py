@@ -11,6 +11,7 @@ from typing import Literal
 
 from esrfs_daemon.destination import Destination
 from esrfs_daemon.journal import Journal, Row
+from esrfs_daemon.nested import Nested
 from esrfs_daemon.throttle import Throttle
 from esrfs_daemon.walk import Found
 
@@ -25,6 +26,8 @@ class Route:
     to: Destination
     journal: Journal
     throttle: Throttle
+    nested: Nested
+    """Of the source."""
 
 
 @dataclass(eq=False)

@@ -6,6 +6,7 @@ times are seconds.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tomllib
@@ -14,6 +15,8 @@ from typing import Literal
 
 import msgspec
 import platformdirs
+
+from esrfs_daemon.asking import NoAnswer, real_path
 
 Then = Literal["keep", "trash", "delete", "symlink"]
 """What becomes of a source file whose copy is verified."""
@@ -127,7 +130,9 @@ def _check(config: Config) -> None:
                 raise ValueError(f"{where}.{key}: {value!r} must be an absolute path, or begin with ~")
         if rule.quiet < 0 or rule.poll_seconds < 1:
             raise ValueError(f"{where}: quiet must be at least 0 and poll_seconds at least 1")
-        source = os.path.realpath(expanded(rule.source))
+        source = expanded(rule.source)
+        with contextlib.suppress(NoAnswer):  # then two names of one folder are found out when the second is begun
+            source = real_path(source)
         if source in seen:
             raise ValueError(f"{where}.source: {rule.source} has a rule already; a folder can have one")
         seen.add(source)

@@ -20,7 +20,7 @@ from esrfs_daemon import copying, durable, sources
 from esrfs_daemon.batch import Route, Work
 from esrfs_daemon.copying import Identity
 from esrfs_daemon.journal import INTERRUPTED, Row
-from esrfs_daemon.report import FULL, GONE, DestinationLost, NoRoom, in_words, raise_if_lost
+from esrfs_daemon.report import FULL, GONE, MEANWHILE, DestinationLost, NoRoom, in_words, raise_if_lost
 from esrfs_daemon.throttle import Stopped
 
 log = logging.getLogger("esrfs.daemon")
@@ -55,7 +55,7 @@ class Copies:
             work.state, work.reason = "failed", str(error)
             log.error("%s: %s", work.found.path, error)
         except FileNotFoundError:
-            work.state, work.reason = "later", "it is gone: moved or deleted meanwhile"
+            work.state, work.reason = "later", MEANWHILE
         except OSError as error:
             work.state, work.reason = "failed", in_words(error)
             if error.errno in GONE:

@@ -96,7 +96,7 @@ def copy(source: int, target: int, st: os.stat_result, throttle: Throttle) -> by
     position = 0
     buffer = memoryview(bytearray(min(_CHUNK, max(st.st_size, 1))))
     for begin, end in _data(source, st):
-        _hash_zeros(state, begin - position)
+        _hash_hole(state, source, position, begin, buffer)
         position = begin
         if begin:
             os.lseek(target, begin, os.SEEK_SET)
@@ -108,7 +108,7 @@ def copy(source: int, target: int, st: os.stat_result, throttle: Throttle) -> by
             state.update(buffer[:count])
             _write_all(target, buffer[:count])
             position += count
-    _hash_zeros(state, st.st_size - position)
+    _hash_hole(state, source, position, st.st_size, buffer)
     if position < st.st_size:
         os.ftruncate(target, st.st_size)
     faults.reach("migrate.copied")
@@ -226,13 +226,15 @@ def _data(fd: int, st: os.stat_result) -> Iterator[tuple[int, int]]:
         position = end
 
 
-_ZEROS = bytes(_CHUNK)
-
-
-def _hash_zeros(state: hashlib._Hash, count: int) -> None:
-    while count > 0:
-        state.update(_ZEROS[:count] if count < _CHUNK else _ZEROS)
-        count -= _CHUNK
+def _hash_hole(state: hashlib._Hash, source: int, begin: int, end: int, buffer: memoryview) -> None:
+    """What is read where the filesystem says that nothing is. It should be zeros; a filesystem that is wrong about it
+    is found out when the copy is read back. Raises Changed, OSError."""
+    while begin < end:
+        count = os.preadv(source, [buffer[: end - begin]], begin)
+        if not count:
+            raise Changed
+        state.update(buffer[:count])
+        begin += count
 
 
 def _write_all(fd: int, data: memoryview) -> None:

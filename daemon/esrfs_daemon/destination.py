@@ -10,23 +10,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import queue
 import re
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from esrfs import control
 from esrfs.store import layout
 from esrfs.store.beneath import beneath
 from esrfs.store.errors import StoreError
+from esrfs_daemon.asking import NoAnswer, open_folder, within_time
 
 _KIND = "fuse.esrfs"
-_ANSWER_SECONDS = 30.0
-
-T = TypeVar("T")
 
 
 class NotMounted(Exception):  # noqa: N818 (a state, not an error)
@@ -67,7 +62,9 @@ def opened(path: str, *, create: bool = True) -> Iterator[Destination]:
     """
     path = os.path.abspath(path)
     try:
-        fd, above = _within_time(lambda: _open_existing(path), path)
+        fd, above = within_time(path, lambda: _open_existing(path), lambda found: os.close(found[0]))
+    except NoAnswer as error:
+        raise NotMounted(str(error)) from None
     except OSError as error:
         if error.errno in (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO):
             raise NotMounted(f"{path}: the mount there does not answer ({error.strerror}); mount it anew") from error
@@ -138,6 +135,17 @@ def lies_in_view(fd: int) -> str | None:
     return None if mount is None else mount[2]
 
 
+def views_below(folder: str) -> set[str]:
+    """Mountpoints of esrfs at and below ``folder`` (its real path), relative to it. The mount table tells: no mount is
+    asked, so one that hangs is named like any other. Raises OSError."""
+    prefix = folder.rstrip("/") + "/"
+    return {
+        mountpoint[len(prefix) :]
+        for _number, _root, mountpoint, kind, _source in _mount_table()
+        if kind == _KIND and f"{mountpoint}/".startswith(prefix)
+    }
+
+
 def filesystem_type(fd: int) -> str:
     """As the mount table names it: ``ext4``, ``nfs4`` …; empty if it does not."""
     for number, _root, _mountpoint, kind, _source in _mount_table():
@@ -151,37 +159,9 @@ def _open_existing(path: str) -> tuple[int, str]:
     at = path
     while True:
         try:
-            fd = os.open(at, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            return open_folder(at), at
         except FileNotFoundError:
             at = os.path.dirname(at)
-            continue
-        try:
-            with os.scandir(fd) as listing:  # a mount that hangs or is dead shows here, not in the middle of the work
-                next(listing, None)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd, at
-
-
-def _within_time(work: Callable[[], T], path: str) -> T:
-    """``work()``, but a mount that hangs does not hang us."""
-    answers: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            answers.put((work(), None))
-        except BaseException as error:
-            answers.put((None, error))
-
-    threading.Thread(target=run, daemon=True, name="asking-the-mount").start()
-    try:
-        value, error = answers.get(timeout=_ANSWER_SECONDS)
-    except queue.Empty:
-        raise NotMounted(f"{path}: the mount there has not answered for {_ANSWER_SECONDS:g} s") from None
-    if error is not None:
-        raise error
-    return value  # type: ignore[return-value]  # a T where there is no error
 
 
 def _mount_of(fd: int) -> tuple[str, str, str] | None:

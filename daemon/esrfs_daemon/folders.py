@@ -11,8 +11,9 @@ from esrfs.store.beneath import beneath
 from esrfs.store.metadata import Metadata
 from esrfs_daemon import copying
 from esrfs_daemon.batch import Batch, Folder, Route
-from esrfs_daemon.destination import make_folders
+from esrfs_daemon.destination import lies_in_view, make_folders
 from esrfs_daemon.journal import Row
+from esrfs_daemon.nested import VIEW, Inside, NotMoved
 from esrfs_daemon.report import Report, in_words, raise_if_lost
 
 
@@ -33,7 +34,7 @@ class Folders:
 
     def open(self, path: str, batch: Batch) -> Folder:
         """The folder ``path``, as long as the batch takes; made with all above it where it is missing. Raises
-        OSError.
+        NotMoved, OSError; FileNotFoundError, with nothing made, if the source has it no more.
 
         Rows of those that were made have to be written (``take_unwritten``) before anything comes into them.
         """
@@ -46,11 +47,13 @@ class Folders:
             self._report.folders += 1
 
         to = self._route.to
-        fd = make_folders(to.fd, path, made) if path else os.dup(to.fd)
+        source_fd = self._open_source(path)
         try:
-            source_fd = beneath(self._route.source_fd, path, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:
-            source_fd = -1
+            fd = make_folders(to.fd, path, made) if path else os.dup(to.fd)
+        except BaseException:
+            if source_fd >= 0:
+                os.close(source_fd)
+            raise
         folder = batch.folders[path] = Folder(fd, source_fd, path in self._made)
         if path and path not in self._known and path not in self._unfinished:
             known = self._route.journal.latest(self._route.source, path, to.path)
@@ -58,6 +61,23 @@ class Folders:
                 self._begin(path, known)  # something new comes into it, so it gets its times again
         self._known.add(path)
         return folder
+
+    def _open_source(self, path: str) -> int:
+        if (inside := self._route.nested.around(path)) is not None:
+            raise NotMoved(inside)
+        try:
+            fd = beneath(self._route.source_fd, path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            return -1
+        try:
+            if os.fstat(fd).st_dev != os.fstat(self._route.source_fd).st_dev and lies_in_view(fd) is not None:
+                raise NotMoved(Inside(path, VIEW))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     def take_unwritten(self) -> list[Row]:
         """Rows of folders that were made since, for the journal."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -18,7 +19,6 @@ from esrfs import control, journal, prometheus
 from esrfs.exit_codes import ExitCode
 from esrfs_daemon import config, figures, status, throttle
 from esrfs_daemon.config import Config, ConfigError
-from esrfs_daemon.journal import JournalError
 from esrfs_daemon.service import Service
 
 log = logging.getLogger("esrfs.daemon")
@@ -78,16 +78,19 @@ def main(
         if status.ask() is not None:
             _note("a daemon of this user runs already (esrfs-daemon --status)")
             raise typer.Exit(ExitCode.BUSY)
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         if settings.throttle.idle_io:
             throttle.use_idle_io()
         service = Service(settings)
     except ConfigError as error:
         _note(str(error))
         raise typer.Exit(ExitCode.USAGE) from error
-    except JournalError as error:
-        _note(str(error))
-        raise typer.Exit(ExitCode.FAILED) from error
-    raise typer.Exit(serve(service, once=once, metrics=address))
+    code = serve(service, once=once, metrics=address)
+    if service.left_behind:
+        logging.shutdown()
+        os._exit(code)  # Python would wait for the threads that copy, and those for a filesystem that does not answer
+    raise typer.Exit(code)
 
 
 def serve(service: Service, *, once: bool = False, metrics: tuple[str, int] | None = None) -> int:

@@ -35,7 +35,18 @@ from esrfs_daemon.copies import SMALL, Copies
 from esrfs_daemon.destination import Destination, filesystem_type
 from esrfs_daemon.folders import Folders
 from esrfs_daemon.journal import INTERRUPTED, Journal, Row
-from esrfs_daemon.report import DestinationLost, NoRoom, Note, Progress, Report, in_words, raise_if_lost
+from esrfs_daemon.nested import Nested, NotMoved
+from esrfs_daemon.report import (
+    MEANWHILE,
+    NO_FOLDER,
+    DestinationLost,
+    NoRoom,
+    Note,
+    Progress,
+    Report,
+    in_words,
+    raise_if_lost,
+)
 from esrfs_daemon.throttle import Stopped, Throttle
 from esrfs_daemon.touching import touch
 from esrfs_daemon.walk import Found, Unmovable
@@ -71,7 +82,8 @@ class Migration:
     ) -> None:
         """``source``: its real path. ``retry_left``: try again what earlier runs could copy but not touch."""
         self.report = Report()
-        self._route = Route(source, source_fd, destination, journal, throttle)
+        self.nested = Nested(source, source_fd)
+        self._route = Route(source, source_fd, destination, journal, throttle, self.nested)
         self._source = source
         self._lasting = not filesystem_type(source_fd).startswith(_FLEETING_INODES)
         """Whether an inode's number and change time say that it is the same file as last time."""
@@ -86,29 +98,49 @@ class Migration:
         self._copies = Copies(self._route)
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="migrate")
         self._syncs_together = durable.syncs_together(destination)
+        self.unfinished: dict[int, Note] = {}
+        """Rows that could not be recovered, by id, and why."""
         self._unwritten: list[Row] = []
         """Rows that are done; they are written with the next batch."""
         self._mirrors: set[str] = set()
+        self._refused: set[str] = set()
+        """Stores and views in the source that files lay in."""
 
     def close(self) -> None:
-        """Finish folders and the journal. Raises OSError."""
+        """Finish folders and the journal. Raises OSError, DestinationLost, JournalError."""
         self._pool.shutdown()
         self.finish()
 
     # ---- what to do
 
     def recover(self) -> None:
-        """Put back, or finish, what a crash left in the middle; to be called first. Raises OSError."""
-        rows = self._journal.unfinished(self._source)
-        for row in rows:
+        """Put back, or finish, what a crash left in the middle; to be called first. What can't be now stays as it is in
+        the journal, for the next time, and holds nothing else up. Raises DestinationLost, JournalError."""
+        changed = []
+        for row in self._journal.unfinished(self._source):
             if row.kind == "directory":
                 self._folders.recover(row)
-            else:
-                recovery.recover_file(row, self._route)
-        self._journal.write(rows)
+                continue
+            if row.state == "begun" and (row.dest_root, row.store) != (self._to.path, self._to.store_id):
+                continue  # its part file lies in another destination
+            try:
+                if not recovery.recover_file(row, self._route):
+                    continue
+            except OSError as error:
+                if row.state == "begun":
+                    raise_if_lost(error, self._to.path)
+                reason = recovery.why_not(row, error)
+                self.unfinished[row.id] = Note(path=row.source, reason=reason)
+                if error.errno in NO_FOLDER and row.note == reason:
+                    continue  # somebody has been told, and it may well stay so
+                row.note = reason
+                self.report.fail(row.source, reason)
+            changed.append(row)
+        self._journal.write(changed)
 
     def run(self, items: Iterable[Found]) -> None:
-        """Migrate what needs it. Raises Stopped, NoRoom, DestinationLost: after the batch, with nothing half done."""
+        """Migrate what needs it. Raises Stopped, NoRoom, DestinationLost: after the batch, with nothing half done.
+        JournalError: what is not recorded by then is given up, and its sources are untouched."""
         begun: list[Batch] = []
         try:
             for found in self._batches(items):
@@ -149,7 +181,8 @@ class Migration:
             yield batch
 
     def finish(self) -> None:
-        """Give folders their times and modes, now that their content is there; write the journal. Raises OSError."""
+        """Give folders their times and modes, now that their content is there; write the journal. Raises
+        DestinationLost, JournalError."""
         self._unwritten += self._folders.finish()
         self._copies.forget_links()
         self._journal.write(self._unwritten)
@@ -193,7 +226,8 @@ class Migration:
     # ---- a batch
 
     def _begin(self, found: Sequence[Found]) -> Batch:
-        """Rows for all, durable; then they are being copied. Raises Stopped, NoRoom, DestinationLost, OSError."""
+        """Rows for all, durable; then they are being copied. Raises Stopped, NoRoom, DestinationLost, JournalError,
+        OSError."""
         self._throttle.wait_until_allowed()
         self._check_room(sum(each.st.st_size for each in found if each.kind == "file"))
         batch = Batch(durable.open_barrier(self._to) if self._syncs_together else -1)
@@ -201,6 +235,15 @@ class Migration:
             for each in found:
                 try:
                     work = self._prepare(each, batch)
+                except NotMoved as refusal:
+                    inside = refusal.inside
+                    if inside.path not in self._refused:
+                        self._refused.add(inside.path)
+                        self.report.fail(inside.path, inside.reason)
+                    continue
+                except FileNotFoundError:
+                    self.report.later.append(Note(path=each.path, reason=MEANWHILE))
+                    continue
                 except OSError as error:
                     raise_if_lost(error, self._to.path)
                     self.report.fail(each.path, in_words(error))
@@ -260,7 +303,7 @@ class Migration:
             self._copies.attempt(self._copies.write, work)
 
     def _finish(self, batch: Batch) -> None:
-        """All that comes after the copying. Raises NoRoom, DestinationLost, OSError."""
+        """All that comes after the copying. Raises NoRoom, DestinationLost, JournalError, OSError."""
         try:
             for future in batch.copying:
                 future.result()
@@ -308,19 +351,20 @@ class Migration:
         except OSError as error:
             raise_if_lost(error, self._to.path)
             raise
-        nothing: list[Row] = []
+        for work in done:
+            work.row.state = "done" if work.row.wanted == "keep" else "verified"
+        # What could not be removed, its ``begun`` row still knows.
+        nothing = [work.row for work in batch.works if not work.is_done and not work.has_part]
+        self._journal.write([work.row for work in done], forget=nothing)
+        faults.reach("migrate.recorded")
         for work in batch.works:
-            row = work.row
             path, size = work.found.path, work.found.st.st_size
             if not work.is_done:
-                if not work.has_part:  # what could not be removed, its ``begun`` row still knows
-                    nothing.append(row)
                 if work.state == "later":
                     self.report.later.append(Note(path=path, reason=work.reason))
                 elif work.state == "failed" and not isinstance(work.fatal, DestinationLost):
                     self.report.fail(path, work.reason)
                 continue
-            row.state = "done" if row.wanted == "keep" else "verified"
             if work.state == "existing":
                 self.report.existing += 1
             elif work.state == "linked":
@@ -330,11 +374,9 @@ class Migration:
             else:
                 self.report.copied += 1
                 self.report.copied_bytes += size
-            if row.dest != row.source:
-                self.report.beside.append(Note(path=path, reason=row.dest))
+            if work.row.dest != path:
+                self.report.beside.append(Note(path=path, reason=work.row.dest))
             self._tell(Progress(path, 1, size if work.found.kind == "file" else 0))
-        self._journal.write([work.row for work in done], forget=nothing)
-        faults.reach("migrate.recorded")
 
     def _check_room(self, size: int) -> None:
         space = os.statvfs(self._to.fd)

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from esrfs_daemon import walk
+from esrfs_daemon.asking import opened_folder, real_path
 from esrfs_daemon.config import Then
 from esrfs_daemon.destination import Destination, opened
-from esrfs_daemon.journal import Journal
+from esrfs_daemon.journal import Journal, JournalError
 from esrfs_daemon.migration import Migration
 from esrfs_daemon.report import Progress, Report
 from esrfs_daemon.settle import Settling
-from esrfs_daemon.suitable import open_source_root, refuse_unsuitable
+from esrfs_daemon.suitable import refuse_unsuitable
 from esrfs_daemon.throttle import Stopped, Throttle
 from esrfs_daemon.undo import Undo, UndoReport
 from esrfs_daemon.walk import Filters, Found, Unmovable
@@ -69,7 +70,7 @@ class Once:
         def unmovable(one: Unmovable) -> None:
             plan.failed.append((one.path, one.reason))
 
-        for found in self._walk(unmovable):
+        for found in self._walk(migration, unmovable):
             if not found.path or (found.kind == "directory" and not self._filters.takes_all):
                 continue
             if found.kind == "directory":
@@ -90,7 +91,7 @@ class Once:
         """``(files and symlinks, bytes)`` to migrate, for a progress bar."""
         files = size = 0
         migration = self._migration("keep")
-        for found in self._walk(lambda one: None):
+        for found in self._walk(migration, lambda one: None):
             if stop():
                 break
             if found.kind != "directory" and migration.needs(found):
@@ -108,7 +109,7 @@ class Once:
     ) -> Report:
         """All of it, once. Files that changed in the last ``quiet`` seconds are waited for, at the end.
 
-        Raises Stopped, NoRoom, DestinationLost with ``report`` as an attribute of this; OSError.
+        Raises Stopped, NoRoom, DestinationLost, JournalError with ``report`` as an attribute of this; OSError.
         """
         migration = self._migration(then, even_if_mirrored, tell)
         self.report = migration.report
@@ -120,23 +121,32 @@ class Once:
             while (wait := settling.next_due()) is not None:
                 if self._throttle.stop.wait(min(wait + 0.01, _LONGEST_NAP)):
                     raise Stopped
-                migration.run(list(settling.take(self._source_fd)))
+                migration.run(list(settling.take(self._source_fd, migration.nested)))
             finished = True
         finally:
             if finished:
                 migration.close()
             else:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, JournalError):
                     migration.close()  # what went wrong first is what people should hear
         return migration.report
 
     def undo(self, tell: Callable[[Progress], None] = lambda progress: None) -> UndoReport:
-        """Put everything back that was migrated from here to there. Raises Stopped, OSError."""
+        """Put everything back that was migrated from here to there. Raises Stopped, JournalError with ``undo_report``
+        as an attribute of this; OSError."""
         migration = self._migration("keep")
+        undo = Undo(
+            self.source,
+            self._source_fd,
+            self.destination,
+            self.journal,
+            self._throttle,
+            unfinished=migration.unfinished,
+            tell=tell,
+        )
+        self.undo_report = undo.report
         migration.recover()
         migration.close()
-        undo = Undo(self.source, self._source_fd, self.destination, self.journal, self._throttle, tell=tell)
-        self.undo_report = undo.report
         undo.run()
         return undo.report
 
@@ -155,12 +165,12 @@ class Once:
             tell=tell,
         )
 
-    def _walk(self, unmovable: Callable[[Unmovable], None]) -> Iterator[Found]:
+    def _walk(self, migration: Migration, unmovable: Callable[[Unmovable], None]) -> Iterator[Found]:
         above = walk.markers_above(self.source)
-        return walk.walk(self._source_fd, self.source, self._filters, unmovable, mirrored=above)
+        return walk.walk(self._source_fd, self.source, self._filters, unmovable, migration.nested, mirrored=above)
 
     def _at_rest(self, migration: Migration, settling: Settling) -> Iterator[Found]:
-        for found in self._walk(migration.note):
+        for found in self._walk(migration, migration.note):
             if found.kind == "directory" and not self._filters.takes_all:
                 continue
             # The clock only decides who is looked at twice; whether a program writes is asked of each.
@@ -182,8 +192,8 @@ def prepared(
 
     ``create``: make the destination's folder. Raises Refused, NotMounted, Busy, OSError.
     """
-    real = os.path.realpath(source)
-    with open_source_root(real) as source_fd, opened(destination, create=create) as to:
+    real = real_path(source)
+    with opened_folder(real) as source_fd, opened(destination, create=create) as to:
         refuse_unsuitable(real, source_fd, to)
         with journal.holding(real):
             yield Once(real, source_fd, to, journal=journal, throttle=throttle, filters=filters)

@@ -9,7 +9,10 @@ import msgspec
 
 GONE = (errno.ENOTCONN, errno.ECONNABORTED, errno.ESHUTDOWN)
 """What a mount that has ended answers."""
+NO_FOLDER = (errno.ENOTDIR, errno.ELOOP)
+"""What a path answers that leads over something else than a folder by now."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
+MEANWHILE = "it is gone: moved or deleted meanwhile"
 
 
 class NoRoom(Exception):  # noqa: N818 (a state, not an error)
@@ -70,6 +73,10 @@ class Progress:
 
 
 def in_words(error: OSError) -> str:
+    if error.errno == errno.ELOOP:
+        return "a symlink is in the way"
+    if error.errno == errno.ENOTDIR:
+        return "a file is in the place of a folder"
     return error.strerror or str(error)
 
 

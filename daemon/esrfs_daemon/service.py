@@ -1,6 +1,10 @@
 """The daemon: for each rule it watches a source, waits until files are at rest, and migrates them.
 
-One thread does the work, rule after rule; watchdog's threads only collect paths, and the control socket's only answer.
+Each rule has a thread, and they work one after the other (``turns``). Where a source or destination stops answering in
+the middle of the work, its thread stands still, since the kernel lets nobody out of such a call; the main thread asks
+whoever is at work for long, passes that one over, and says so in status and log. watchdog's threads only collect paths,
+and the control socket's only answer.
+
 A rule opens source and destination when there is work, and closes them when there is none: an idle daemon keeps neither
 a mount nor a memory card from being unmounted. What a rule can't reach it tries again later, and says so once.
 
@@ -19,16 +23,18 @@ from pathlib import Path
 
 from esrfs.store.beneath import beneath
 from esrfs.store.initialise import what_marks
-from esrfs_daemon import config, walk
+from esrfs_daemon import config, sources, walk
+from esrfs_daemon.asking import answers, opened_folder, real_path
 from esrfs_daemon.config import Config, Rule
 from esrfs_daemon.destination import NotMounted, opened
-from esrfs_daemon.journal import Busy, Journal
+from esrfs_daemon.journal import Busy, Journal, JournalError
 from esrfs_daemon.migration import Migration
 from esrfs_daemon.report import DestinationLost, NoRoom, Note, Progress
 from esrfs_daemon.settle import Settling
 from esrfs_daemon.status import RuleStatus, Status
-from esrfs_daemon.suitable import Refused, open_source_root, refuse_unsuitable
-from esrfs_daemon.throttle import Stopped, Throttle
+from esrfs_daemon.suitable import Refused, refuse_unsuitable
+from esrfs_daemon.throttle import Bucket, Stopped, Throttle
+from esrfs_daemon.turns import Turns
 from esrfs_daemon.walk import Filters, Found, Unmovable
 from esrfs_daemon.watch import EventsUnavailable, Watch
 
@@ -40,37 +46,102 @@ _SLICE = 2000
 _MOST_SETTLING = 20_000
 """Files that wait to be at rest at the same time: bounds memory, whatever a source holds."""
 _MOST_PROBLEMS = 10_000
+_LOOK_SECONDS = 10.0
+"""Of a rule that is at work for longer, source and destination are asked whether they answer, and again so often."""
+_LONG_SECONDS = 600.0
+"""No turn keeps other rules waiting for longer."""
+_LAST_SECONDS = 5.0
+"""At the end, they are asked so often."""
 
 
 class Service:
-    """The daemon's work; :meth:`run` does it until :meth:`stop`. ``status`` may be asked by any thread.
-
-    Raises JournalError.
-    """
+    """The daemon's work; :meth:`run` does it until :meth:`stop`. ``status`` may be asked by any thread."""
 
     def __init__(self, settings: Config) -> None:
         self._stop = threading.Event()
-        self._wake = threading.Event()
-        self._journal = Journal(Path(config.expanded(settings.journal)) if settings.journal else None)
-        self._throttle = Throttle(settings.throttle, self._stop)
+        self._turns = Turns()
+        self._hanging: set[int] = set()
+        """Rules that were passed over, by number."""
+        self._bug: BaseException | None = None
+        self.left_behind = False
+        """:meth:`run` has ended without a thread that waits for a filesystem."""
+        # Not opened now: where that fails (a full disk), the rules say so, and try again.
+        self._journal = Journal(Path(config.expanded(settings.journal)) if settings.journal else None, at_once=False)
+        bucket = Bucket()
         self.status = Status([_status_of(rule) for rule in settings.rules])
         self._rules = [
-            _Rule(number, rule, settings, self._journal, throttle=self._throttle, status=self.status, wake=self._wake)
+            _Rule(
+                number,
+                rule,
+                settings,
+                self._journal,
+                throttle=Throttle(settings.throttle, self._stop, bucket),
+                status=self.status,
+            )
             for number, rule in enumerate(settings.rules)
         ]
 
     def run(self) -> None:
         """Work until :meth:`stop`."""
+        threads = [
+            threading.Thread(target=self._follow, args=(number, rule), name=f"rule-{number}", daemon=True)
+            for number, rule in enumerate(self._rules)
+        ]
         try:
-            while not self._stop.is_set():
-                self._wake.clear()
-                pause = min(rule.turn() for rule in self._rules)
-                if pause > 0:
-                    self._wake.wait(min(pause, 3600.0))
-        except Stopped:
-            pass
+            for thread in threads:
+                thread.start()
+            while not self._stop.wait(_LOOK_SECONDS):
+                self._look_after_turn()
         finally:
-            self._close()
+            self.stop()
+            self._turns.end()
+            for rule, thread in zip(self._rules, threads, strict=True):
+                self._wait_for(rule, thread)
+            if not self.left_behind:
+                self._journal.close()
+        if self._bug is not None:
+            raise self._bug
+
+    def _look_after_turn(self) -> None:
+        for known in [known for known in self._hanging if not self._rules[known].silent()]:
+            self._hanging.discard(known)
+            self._rules[known].hangs("")
+        number = self._turns.at_work(_LOOK_SECONDS)
+        if number is None or self._rules[number].is_paused:  # which holds for all
+            return
+        silent = self._rules[number].silent()
+        if silent and self._turns.pass_over(number):
+            self._hanging.add(number)
+            self._rules[number].hangs(silent)
+        elif self._turns.at_work(_LONG_SECONDS) == number:
+            self._turns.pass_over(number)  # much to copy, or something deep inside hangs
+
+    def _follow(self, number: int, rule: _Rule) -> None:
+        """One rule, in its thread."""
+        try:
+            try:
+                while not self._stop.is_set():
+                    rule.wake.clear()
+                    with self._turns.of(number):
+                        pause = rule.turn()
+                    if pause > 0:
+                        rule.wake.wait(min(pause, 3600.0))
+            except Stopped:
+                pass
+            finally:
+                rule.close()
+        except BaseException as error:  # the main thread's to raise
+            self._bug = error
+            self.stop()
+
+    def _wait_for(self, rule: _Rule, thread: threading.Thread) -> None:
+        """Until it has ended, or it stands still."""
+        while thread.is_alive():
+            thread.join(_LAST_SECONDS)
+            if thread.is_alive() and (silent := rule.silent()):
+                self.left_behind = True
+                log.warning("%s does not answer; what is unfinished there the next start puts right", silent)
+                return
 
     def run_once(self) -> bool:
         """Walk each source once, migrate what is in it, and end; True if every rule could be followed to its end."""
@@ -88,13 +159,14 @@ class Service:
     def stop(self) -> None:
         """End after the files that are being copied. May be called from a signal handler."""
         self._stop.set()
-        self._wake.set()
+        for rule in self._rules:
+            rule.wake.set()
 
     def reconcile(self) -> None:
         """Walk all sources now."""
         for rule in self._rules:
             rule.walk_now()
-        self._wake.set()
+            rule.wake.set()
 
     def _close(self) -> None:
         for rule in self._rules:
@@ -118,8 +190,8 @@ class _Session:
         """Raises what stands in the way."""
         self._stack = contextlib.ExitStack()
         try:
-            self.source = os.path.realpath(config.expanded(rule.source))
-            self.source_fd = self._stack.enter_context(open_source_root(self.source))
+            self.source = real_path(config.expanded(rule.source))
+            self.source_fd = self._stack.enter_context(opened_folder(self.source))
             to = self._stack.enter_context(opened(config.expanded(rule.destination)))
             refuse_unsuitable(self.source, self.source_fd, to)
             self._stack.enter_context(journal.holding(self.source))
@@ -147,7 +219,7 @@ class _Session:
         self.migrated_bytes += progress.bytes
 
     def close(self) -> None:
-        """Raises OSError."""
+        """Raises OSError, DestinationLost, JournalError."""
         self._stack.close()
 
 
@@ -161,15 +233,16 @@ class _Rule:
         *,
         throttle: Throttle,
         status: Status,
-        wake: threading.Event,
     ) -> None:
         self._number = number
         self._rule = rule
         self._between = settings.reconcile_seconds
         self._journal = journal
         self._throttle = throttle
+        self._throttle.on_pause = self._paused
         self._status = status
-        self._wake = wake
+        self.wake = threading.Event()
+        """Set when there is something to do before the pause is over."""
         self._filters = Filters(rule.include, rule.exclude)
         self._settling = Settling(rule.quiet)
         self._session: _Session | None = None
@@ -181,7 +254,10 @@ class _Rule:
         self._next_walk = 0.0
         self._retry_at = 0.0
         self._walked_in_full = False
+        self._has_failing_journal = False
         self.watches = True
+        self.is_paused = False
+        self._hang = ""
         self.trouble = ""
         """Why nothing can be done now; empty while all is well."""
         self.problems: dict[str, str] = {}
@@ -202,18 +278,39 @@ class _Rule:
         now = time.monotonic()
         if now < self._retry_at:
             return self._retry_at - now
-        self._throttle.on_pause = self._paused
         try:
+            if self._has_failing_journal:
+                self._journal.make_room()  # before anything is copied that could not be recorded again
+                self._has_failing_journal = False
             pause = self._turn(now)
-        except (NotMounted, DestinationLost, NoRoom, Busy, Refused, OSError) as error:
+        except (NotMounted, DestinationLost, NoRoom, Busy, Refused, JournalError, OSError) as error:
             return self._wait_for(error)
         if self.trouble:
             log.info("%s: going on", self._name)
             self.trouble = ""
         return pause
 
+    def silent(self) -> str:
+        """Which of source and destination does not answer; empty if both do. For any thread."""
+        paths = (config.expanded(self._rule.source), config.expanded(self._rule.destination))
+        return next((path for path in paths if not answers(path)), "")
+
+    def hangs(self, path: str) -> None:
+        """For the main thread: what :meth:`turn` waits for does not answer; empty: it does again."""
+        if path:
+            self._hang = self.trouble = f"{path}: what is mounted there does not answer; work goes on when it does"
+            log.warning("%s: waiting: %s", self._name, self.trouble)
+            self._status.update(self._number, state="waiting", reason=self.trouble)
+        elif self.trouble == self._hang:  # else that turn has ended already
+            self.trouble = ""
+            log.info("%s: going on", self._name)
+            self._status.update(self._number, state="working", reason="")
+
     def close(self) -> None:
-        self._end_session()
+        try:
+            self._end_session()
+        except JournalError as error:
+            log.warning("%s: %s. The next start does what was left to do", self._name, error)
         self._end_watch()
         self._status.update(self._number, state="stopping", reason="")
 
@@ -240,7 +337,7 @@ class _Rule:
         while self._folders:
             found += self._walk_folder(session, self._folders.pop())
         found += self._walk_on(session, now)
-        due = list(self._settling.take(session.source_fd))
+        due = list(self._settling.take(session.source_fd, session.migration.nested))
         try:
             session.migration.run([*found, *due])
         finally:
@@ -262,11 +359,13 @@ class _Rule:
         return until_walk if due is None else min(until_walk, due + 0.01)
 
     def _look_at(self, session: _Session, files: set[str]) -> None:
-        """Files that events named begin to settle."""
+        """Files that events named begin to settle. Raises OSError."""
         reasons: dict[str, str] = {}
         for path in sorted(files):
             above, _, name = path.rpartition("/")
-            if self._is_left_out(above):
+            if self._is_left_out(session.source, above):
+                continue
+            if self._is_nested(session, path if path in session.migration.nested.views() else above):
                 continue
             try:
                 directory = beneath(session.source_fd, above, os.O_PATH | os.O_DIRECTORY)
@@ -281,12 +380,20 @@ class _Rule:
                 self._settle(session, Found(found.path, found.kind, found.st, mirrored))
 
     def _walk_folder(self, session: _Session, folder: str) -> list[Found]:
-        """A folder that came, with all that is in it."""
-        if self._is_left_out(folder):
+        """A folder that came, with all that is in it. Raises OSError."""
+        if self._is_left_out(session.source, folder):
+            return []
+        if self._is_nested(session, folder):
             return []
         mirrored = self._mirrored(session, folder.rpartition("/")[0], {})
         found = walk.walk(
-            session.source_fd, session.source, self._filters, self._unmovable, below=folder, mirrored=mirrored
+            session.source_fd,
+            session.source,
+            self._filters,
+            self._unmovable,
+            session.migration.nested,
+            below=folder,
+            mirrored=mirrored,
         )
         return self._sort(session, found)
 
@@ -301,6 +408,7 @@ class _Rule:
                 session.source,
                 self._filters,
                 self._unmovable,
+                session.migration.nested,
                 mirrored=walk.markers_above(session.source),
             )
         folders: list[Found] = []
@@ -344,6 +452,7 @@ class _Rule:
         return self._session
 
     def _end_session(self) -> None:
+        """Raises JournalError: the rows that could not be written are looked at anew by the next session."""
         session, self._session = self._session, None
         if self._walker is not None:
             self._walker = None  # it walks by the session's descriptor
@@ -353,14 +462,15 @@ class _Rule:
                 session.close()
             except (OSError, DestinationLost) as error:
                 log.warning("%s: could not be brought to its end (%s); the next walk does it", self._name, error)
-            self._account(session)
+            finally:
+                self._account(session)
 
     def _keep_watch(self) -> None:
         """See that there are events of the source as it is now, or fall back to polling. Raises OSError."""
         if self._polling or not self.watches:
             return
-        source = os.path.realpath(config.expanded(self._rule.source))
-        with open_source_root(source) as fd:
+        source = real_path(config.expanded(self._rule.source))
+        with opened_folder(source) as fd:
             st = os.fstat(fd)
             if self._watch is not None and self._watched == (st.st_dev, st.st_ino) and self._watch.is_alive:
                 return
@@ -369,7 +479,7 @@ class _Rule:
             try:
                 if died:
                     raise EventsUnavailable(f"{source}: watching has ended unexpectedly")
-                self._watch = Watch(source, fd, self._wake.set)
+                self._watch = Watch(source, fd, self.wake.set)
                 self._watched = (st.st_dev, st.st_ino)
             except EventsUnavailable as error:
                 self._polling = True
@@ -389,7 +499,11 @@ class _Rule:
         if isinstance(error, FileNotFoundError):
             reason = f"{error.filename}: is not there"
             self._end_watch()
-        self._end_session()
+        self._has_failing_journal = isinstance(error, JournalError)
+        if self._has_failing_journal:
+            reason = f"{error}; {'work goes on by itself' if self.watches else 'give the command again'}"
+        with contextlib.suppress(JournalError):  # the next session meets it again, if it lasts
+            self._end_session()
         self._next_walk = 0.0
         self._retry_at = time.monotonic() + _RETRY_SECONDS
         if reason != self.trouble:
@@ -399,6 +513,7 @@ class _Rule:
         return _RETRY_SECONDS
 
     def _paused(self, reason: str) -> None:
+        self.is_paused = bool(reason)
         if reason:
             log.info("%s: paused: %s", self._name, reason)
         self._status.update(self._number, state="paused" if reason else "working", reason=reason)
@@ -441,13 +556,20 @@ class _Rule:
 
     # ---- filters and markers of what events name
 
-    def _is_left_out(self, folder: str) -> bool:
-        """Whether the folder, or one above it, is excluded."""
+    def _is_left_out(self, source: str, folder: str) -> bool:
+        """Whether the folder, or one above it, is excluded or a trash."""
         while folder:
-            if self._filters.leaves_out(folder):
+            if self._filters.leaves_out(folder) or sources.is_trash(os.path.join(source, folder)):
                 return True
             folder = folder.rpartition("/")[0]
         return False
+
+    def _is_nested(self, session: _Session, folder: str) -> bool:
+        """Whether the folder lies in a store, or a view of one; people are told. Raises OSError."""
+        inside = session.migration.nested.around(folder)
+        if inside is not None:
+            self._unmovable(Unmovable(inside.path, inside.reason))
+        return inside is not None
 
     def _mirrored(self, session: _Session, folder: str, known: dict[str, str]) -> str:
         """Why the folder is only copied from; empty if nothing says so. ``known``: what was found already."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from esrfs.store.beneath import beneath
 from esrfs_daemon.copying import Identity
+from esrfs_daemon.nested import Nested
 from esrfs_daemon.walk import Found
 
 
@@ -47,12 +48,16 @@ class Settling:
             return None
         return max(0.0, min(seen.since for seen in self._seen.values()) + self.quiet - time.monotonic())
 
-    def take(self, source_fd: int) -> Iterator[Found]:
-        """Those that are at rest, looked at anew; what is gone or changed is not among them. Raises OSError."""
+    def take(self, source_fd: int, nested: Nested) -> Iterator[Found]:
+        """Those that are at rest, looked at anew; what is gone or changed is not among them. What lies in a store or a
+        view by now comes as it was seen: whoever takes it is told why it can't be moved. Raises OSError."""
         now = time.monotonic()
         due = [path for path, seen in self._seen.items() if now - seen.since >= self.quiet]
         for path in sorted(due):
             seen = self._seen.pop(path)
+            if nested.around(path.rpartition("/")[0]) is not None:
+                yield seen.found
+                continue
             st = _look(source_fd, path)
             if st is None:
                 continue

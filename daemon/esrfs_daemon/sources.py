@@ -15,6 +15,7 @@ import contextlib
 import datetime
 import errno
 import os
+import re
 import secrets
 import stat
 import urllib.parse
@@ -26,6 +27,8 @@ from esrfs import faults
 from esrfs.store import linux
 from esrfs.store.beneath import beneath
 from esrfs_daemon.copying import Identity
+
+_TRASHES = re.compile(r"\.Trash(-[0-9]+)?|\.Trashes|\$RECYCLE\.BIN")
 
 FAULT_POINTS = ("migrate.aside", "migrate.looked", "migrate.touched")
 
@@ -43,8 +46,21 @@ def taken_name(token: str) -> str:
     return f".esrfs-{token}.taken"
 
 
-def delete(directory: int, name: str, expected: Identity, token: str, fd: int | None) -> None:
+def _nothing() -> None:
+    pass
+
+
+def delete(
+    directory: int,
+    name: str,
+    expected: Identity,
+    token: str,
+    fd: int | None,
+    *,
+    ask: Callable[[], None] = _nothing,
+) -> None:
     """Unlink ``name`` if it still is the file ``expected``. ``fd``: it, open for reading; None for a symlink.
+    ``ask`` is called when it has left its name, and may raise Left or OSError: then it gets its name back.
 
     Raises Left, OSError (nothing was changed then).
     """
@@ -55,6 +71,7 @@ def delete(directory: int, name: str, expected: Identity, token: str, fd: int | 
         faults.reach("migrate.aside")
         try:
             _expect(directory, aside, expected, moved=True)
+            ask()
             faults.reach("migrate.looked")
             if disturbed():
                 raise ChangedSince("a program opened it for writing")
@@ -66,7 +83,16 @@ def delete(directory: int, name: str, expected: Identity, token: str, fd: int | 
     faults.reach("migrate.touched")
 
 
-def replace_by_symlink(directory: int, name: str, expected: Identity, token: str, *, fd: int, target: str) -> None:
+def replace_by_symlink(
+    directory: int,
+    name: str,
+    expected: Identity,
+    token: str,
+    *,
+    fd: int,
+    target: str,
+    ask: Callable[[], None] = _nothing,
+) -> None:
     """Let ``name`` be a symlink to ``target`` (absolute), if it still is the file ``expected``. Raises as
     :func:`delete`."""
     aside = taken_name(token)
@@ -90,6 +116,7 @@ def replace_by_symlink(directory: int, name: str, expected: Identity, token: str
             raise
         try:
             _expect(directory, aside, expected, moved=True)
+            ask()
             faults.reach("migrate.looked")
             if disturbed():
                 raise ChangedSince("a program opened it for writing")
@@ -101,7 +128,15 @@ def replace_by_symlink(directory: int, name: str, expected: Identity, token: str
     faults.reach("migrate.touched")
 
 
-def trash(directory: int, name: str, expected: Identity, path: str, fd: int | None) -> None:
+def trash(
+    directory: int,
+    name: str,
+    expected: Identity,
+    path: str,
+    fd: int | None,
+    *,
+    ask: Callable[[], None] = _nothing,
+) -> None:
     """Put ``name`` (absolute: ``path``) into the trash of its filesystem, if it still is the file ``expected``.
 
     Raises as :func:`delete`; Left also where no trash can be made.
@@ -118,6 +153,7 @@ def trash(directory: int, name: str, expected: Identity, path: str, fd: int | No
             move(directory, name, files, chosen)
             moved = True
             _expect(files, chosen, expected, moved=True)
+            ask()
             faults.reach("migrate.looked")
             if disturbed():
                 raise ChangedSince("a program opened it for writing")
@@ -162,6 +198,15 @@ def trash_for(path: str, directory: int) -> tuple[str, str]:
     if not stat.S_ISDIR(st.st_mode) or st.st_uid != uid:
         raise Left(f"{own} is no trash of this user")
     return own, os.path.relpath(path, top)
+
+
+def is_trash(folder: str) -> bool:
+    """Whether a desktop or a camera card's computer keeps deleted files in this folder, by its name; the home trash's
+    name is an ordinary word, so what is in it counts, too."""
+    name = os.path.basename(folder)
+    if name == "Trash":
+        return all(os.path.isdir(os.path.join(folder, each)) for each in ("info", "files"))
+    return _TRASHES.fullmatch(name) is not None
 
 
 def in_trash(path: str, directory: int) -> Iterator[tuple[str, str]]:

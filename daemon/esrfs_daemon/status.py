@@ -28,7 +28,8 @@ class RuleStatus(msgspec.Struct, kw_only=True):
     destination: str
     then: str
     state: State = "starting"
-    """``waiting``: source or destination is not there (see ``reason``); ``paused``: throttled by a condition."""
+    """``waiting``: source or destination is not there or does not answer, or the journal can't be written (see
+    ``reason``); ``paused``: throttled by a condition."""
     reason: str = ""
     """Why it is ``paused`` or ``waiting``; a sentence for people."""
     watch: Literal["events", "polling"] = "events"

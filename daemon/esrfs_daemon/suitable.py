@@ -14,16 +14,6 @@ class Refused(Exception):  # noqa: N818 (a state, not an error)
     """This source and this destination must not be migrated; for people. Nothing was done."""
 
 
-@contextlib.contextmanager
-def open_source_root(path: str) -> Iterator[int]:
-    """A descriptor of the source's folder. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def refuse_unsuitable(source: str, source_fd: int, destination: Destination) -> None:
     """Raises Refused where one holds the other, or the source is a store or the view of one."""
     view = lies_in_view(source_fd)

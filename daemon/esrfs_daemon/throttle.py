@@ -1,6 +1,6 @@
 """Working gently: a rate limit, the idle I/O class, and conditions under which to pause.
 
-Thread-safe: ``_lock`` protects the bucket and the last look at the conditions.
+Thread-safe: a lock in the bucket protects that, and the last look at the conditions.
 """
 
 from __future__ import annotations
@@ -27,20 +27,28 @@ class Stopped(Exception):  # noqa: N818 (a request, not an error)
     """Work ends here since somebody asked for it; nothing is half done that the journal does not know."""
 
 
+class Bucket:
+    """What several throttles have of one rate."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.owed = 0.0
+        """Bytes that were taken beyond what time has paid for."""
+        self.paid = time.monotonic()
+
+
 class Throttle:
     """``take`` before each piece of data that is copied; ``blocked`` says why to do nothing now."""
 
-    def __init__(self, limits: config.Throttle, stop: threading.Event) -> None:
+    def __init__(self, limits: config.Throttle, stop: threading.Event, bucket: Bucket | None = None) -> None:
+        """``bucket``: shared by throttles that keep the rate together."""
         self._limits = limits
         self._rate = config.size(limits.bytes_per_second)
         self._hours = config.hours(limits.hours)
         self.min_free = config.size(limits.min_free)
         """Bytes that the destination keeps free."""
         self.stop = stop
-        self._lock = threading.Lock()
-        self._owed = 0.0
-        """Bytes that were taken beyond what time has paid for."""
-        self._paid = time.monotonic()
+        self._bucket = bucket or Bucket()
         self._looked = float("-inf")
         self._reason = ""
         self.on_pause: Callable[[str], None] = lambda reason: None
@@ -51,11 +59,12 @@ class Throttle:
         self.wait_until_allowed()
         if not self._rate:
             return
-        with self._lock:
+        bucket = self._bucket
+        with bucket.lock:
             now = time.monotonic()
-            self._owed = max(0.0, self._owed - (now - self._paid) * self._rate) + count
-            self._paid = now
-            until = now + self._owed / self._rate
+            bucket.owed = max(0.0, bucket.owed - (now - bucket.paid) * self._rate) + count
+            bucket.paid = now
+            until = now + bucket.owed / self._rate
         while (left := until - time.monotonic()) > 0:
             if self.stop.wait(min(left, _LARGEST_WAIT)):
                 raise Stopped
@@ -76,7 +85,7 @@ class Throttle:
 
     def blocked(self) -> str:
         """Why nothing should be done at this time; empty if nothing speaks against it. A sentence for people."""
-        with self._lock:
+        with self._bucket.lock:
             now = time.monotonic()
             if now - self._looked >= _LOOK_SECONDS:
                 self._looked = now

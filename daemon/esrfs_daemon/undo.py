@@ -12,7 +12,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -25,7 +25,7 @@ from esrfs_daemon.copies import prove
 from esrfs_daemon.copying import Identity
 from esrfs_daemon.destination import Destination, make_folders
 from esrfs_daemon.journal import Journal, Row
-from esrfs_daemon.report import Note, Progress
+from esrfs_daemon.report import NO_FOLDER, Note, Progress, in_words
 from esrfs_daemon.throttle import Stopped, Throttle
 
 
@@ -65,9 +65,12 @@ class Undo:
         journal: Journal,
         throttle: Throttle,
         *,
+        unfinished: Mapping[int, Note],
         tell: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
+        """``unfinished``: rows that a crash has left in the middle, by id, and why they have to stay so."""
         self.report = UndoReport()
+        self._unfinished = unfinished
         self._source = source
         self._source_fd = source_fd
         self._to = destination
@@ -78,8 +81,12 @@ class Undo:
         """Inode that a source had, and its content → its path, now that it is back: its other names become links."""
 
     def run(self) -> None:
-        """Put everything back. Raises Stopped between two files, OSError."""
-        rows = self._journal.to_undo(self._source, self._to.path)
+        """Put everything back. Raises Stopped between two files, JournalError after one (it is in the source again,
+        verified, and the next ``--undo`` finds it there), OSError."""
+        self.report.failed += self._unfinished.values()
+        rows = [row for row in self._journal.to_undo(self._source, self._to.path) if row.id not in self._unfinished]
+        if rows:
+            self._journal.make_room()
         folders = [row for row in rows if row.kind == "directory"]
         for row in rows:
             if row.kind == "directory":
@@ -101,7 +108,7 @@ class Undo:
                 self.report.kept.append(Note(path=row.source, reason=reason))
                 continue  # another --undo looks at it anew
             except (sources.Left, copying.Changed, copying.NotTheSame, OSError) as error:
-                reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+                reason = in_words(error) if isinstance(error, OSError) else str(error)
                 self.report.failed.append(Note(path=row.source, reason=reason or "it changed meanwhile; try again"))
                 continue
             row.state, row.note = "undone", ""
@@ -117,7 +124,10 @@ class Undo:
         try:
             self._put_taken_back(directory, name, row)
             if self._has_content(directory, name, row):
+                os.fsync(directory)  # the name may have come by a run that was cut short
                 self.report.there += 1
+            elif row.state == "undoing" and not self._has_copy(row):
+                return  # it had been put back, and people did something else with it since
             else:
                 self._free_name(directory, name, row)
                 self._restore(directory, name, row)
@@ -144,6 +154,15 @@ class Undo:
         finally:
             os.close(fd)
 
+    def _has_copy(self, row: Row) -> bool:
+        try:
+            os.close(self._open_there(row))
+        except OSError as error:
+            if error.errno in (errno.ENOENT, *NO_FOLDER):
+                return False
+            raise
+        return True
+
     def _free_name(self, directory: int, name: str, row: Row) -> None:
         """The name must be free, or our symlink. Raises _Kept, _Impossible."""
         try:
@@ -152,7 +171,7 @@ class Undo:
             return
         if stat.S_ISLNK(st.st_mode) and os.readlink(name, dir_fd=directory) == self._copy_path(row):
             return
-        if row.wanted == "keep" or row.state == "left":
+        if row.wanted == "keep" or row.state in ("left", "undoing"):
             raise _Kept(f"the source was changed after it was copied; the older one stays as {self._copy_path(row)}")
         raise _Impossible(f"something else has the name by now; the copy stays as {self._copy_path(row)}")
 
@@ -243,7 +262,9 @@ class Undo:
         for attempt in (1, 2):
             try:
                 fd = self._open_there(row)
-            except FileNotFoundError:
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, *NO_FOLDER):
+                    raise
                 raise _Impossible(
                     f"its copy {self._copy_path(row)} is gone, too: it was moved or deleted there"
                 ) from None
@@ -285,7 +306,7 @@ class Undo:
         try:
             fd = self._open_there(row)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP):
+            if error.errno in (errno.ENOENT, *NO_FOLDER):
                 return
             raise
         try:
@@ -318,6 +339,7 @@ class Undo:
             else:
                 if there != target:
                     raise _Kept("the symlink was changed in the source; the older one stays in the destination")
+                os.fsync(directory)
                 self.report.there += 1
         finally:
             os.close(directory)
@@ -351,12 +373,12 @@ class Undo:
         except FileNotFoundError:
             source = make_folders(self._source_fd, row.source)
         except OSError as error:
-            self.report.failed.append(Note(path=row.source, reason=error.strerror or str(error)))
+            self.report.failed.append(Note(path=row.source, reason=in_words(error)))
             return
         try:
             metadata.apply(source, wanted)
         except OSError as error:
-            self.report.failed.append(Note(path=row.source, reason=error.strerror or str(error)))
+            self.report.failed.append(Note(path=row.source, reason=in_words(error)))
         finally:
             os.close(source)
         above, _, base = row.dest.rpartition("/")
@@ -372,7 +394,7 @@ class Undo:
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 return  # something else lies there, or what is named above; a later --undo may finish it
-            self.report.kept.append(Note(path=row.source, reason=error.strerror or str(error)))
+            self.report.kept.append(Note(path=row.source, reason=in_words(error)))
         row.state, row.note = "undone", ""
         self._journal.write([row])
 
@@ -380,19 +402,37 @@ class Undo:
 
     def _source_folder(self, path: str) -> tuple[int, str]:
         above, _, name = path.rpartition("/")
-        directory = make_folders(self._source_fd, above) if above else os.dup(self._source_fd)
+        try:
+            directory = make_folders(self._source_fd, above) if above else os.dup(self._source_fd)
+        except OSError as error:
+            if error.errno not in NO_FOLDER:
+                raise
+            raise _Impossible(
+                f"{os.path.join(self._source, above)} is no folder any more ({in_words(error)}). Put the folder back, "
+                "and give the command again"
+            ) from error
         return directory, name
 
     def _open_there(self, row: Row) -> int:
         return beneath(self._to.fd, row.dest, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
 
     def _unlink_copy(self, row: Row, expected: Identity, fd: int | None) -> None:
-        """If it still is the very file ``expected``; ``fd``: it, open, None for a symlink. Raises ChangedSince."""
+        """If it still is the very file ``expected``; ``fd``: it, open, None for a symlink. Raises ChangedSince.
+
+        The journal hears of it before: after a crash in between a migration would think that the copy is there.
+        """
         above, _, base = row.dest.rpartition("/")
         folder = beneath(self._to.fd, above, os.O_RDONLY | os.O_DIRECTORY)
+        before = row.state
         try:
+            row.state = "undoing"
+            self._journal.write([row])
             sources.delete(folder, base, expected, row.token, fd)
             self.report.removed += 1
+        except sources.Left:
+            row.state = before
+            self._journal.write([row])
+            raise
         finally:
             os.close(folder)
 
@@ -403,12 +443,17 @@ class Undo:
         with contextlib.suppress(FileNotFoundError):
             sources.put_back(directory, taken, directory, name)
         above, _, base = row.dest.rpartition("/")
-        with contextlib.suppress(FileNotFoundError):
+        try:
             folder = beneath(self._to.fd, above, os.O_RDONLY | os.O_DIRECTORY)
-            try:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, *NO_FOLDER):
+                raise
+            return  # the folder was moved away, with all that was in it
+        try:
+            with contextlib.suppress(FileNotFoundError):
                 sources.put_back(folder, taken, folder, base)
-            finally:
-                os.close(folder)
+        finally:
+            os.close(folder)
 
     def _copy_path(self, row: Row) -> str:
         return os.path.join(self._to.path, row.dest)

@@ -18,9 +18,12 @@ from esrfs.store import layout
 from esrfs.store.beneath import beneath
 from esrfs.store.initialise import what_marks
 from esrfs.upkeep.compact import is_temporary
+from esrfs_daemon import nested, sources
 from esrfs_daemon.destination import lies_in_view
+from esrfs_daemon.nested import Nested
 
-_OURS = re.compile(r"\.esrfs-[0-9a-f]{16}\.(part|taken)")
+_PART = re.compile(r"\.esrfs-[0-9a-f]{16}\.part")
+_TAKEN = re.compile(r"\.esrfs-[0-9a-f]{16}\.taken")
 _KINDS = {
     stat.S_IFSOCK: "a socket: it holds no bytes",
     stat.S_IFIFO: "a named pipe: it holds no bytes",
@@ -101,13 +104,16 @@ def walk(
     root: str,
     filters: Filters,
     unmovable: Callable[[Unmovable], None],
+    inside: Nested,
     *,
     below: str = "",
     mirrored: str = "",
 ) -> Iterator[Found]:
-    """Everything at and below the folder ``below``: each folder before what is in it, names in order.
+    """Everything at and below the folder ``below``: each folder before what is in it, names in order; not what is in a
+    trash: that was deleted, perhaps by us. Raises OSError.
 
-    ``root``: the path of ``root_fd``, to look for markers. ``mirrored``: the reason that holds from above.
+    ``root``: the path of ``root_fd``, to look for markers. ``inside``: the stores and views in it; ``below`` lies in
+    none. ``mirrored``: the reason that holds from above.
     """
     device = os.fstat(root_fd).st_dev
     pending = [(below, mirrored)]
@@ -121,27 +127,36 @@ def walk(
             unmovable(Unmovable(path, f"the folder can't be read ({error.strerror})"))
             continue
         try:
+            st = os.fstat(fd)
+            if st.st_dev != device and lies_in_view(fd) is not None:
+                unmovable(Unmovable(path, nested.VIEW))
+                continue
             names = sorted(os.listdir(fd))
-            if path and os.fstat(fd).st_dev != device and lies_in_view(fd) is not None:
-                unmovable(Unmovable(path, "a mounted esrfs: its files may be rebuilt pictures, not originals"))
+            if layout.RESERVED in names and layout.is_store(".", fd):
+                unmovable(Unmovable(path, nested.STORE))
                 continue
-            if layout.RESERVED in names and layout.is_store(os.path.join(root, path)):
-                unmovable(Unmovable(path, "a store of esrfs: mount it instead of moving its inside"))
-                continue
+            views = inside.views()
             marked = what_marks(os.path.join(root, path), set(names)) if path else None
             if marked:
                 reason = f"{os.path.join(root, path)} is {marked}"
-            yield Found(path, "directory", os.fstat(fd), reason)
+            yield Found(path, "directory", st, reason)
             folders = []
             for name in names:
                 full = f"{path}/{name}" if path else name
+                if full in views:  # to look at it might take for ever
+                    if not filters.leaves_out(full):
+                        unmovable(Unmovable(full, nested.VIEW))
+                    continue
                 found = look(fd, name, full, filters, unmovable, mirrored=reason)
                 if found is None:
                     continue
                 if found.kind == "directory":
-                    folders.append((full, reason))
+                    if not sources.is_trash(os.path.join(root, full)):
+                        folders.append((full, reason))
                 else:
                     yield found
+        except FileNotFoundError:
+            continue  # deleted while it was open
         except OSError as error:
             unmovable(Unmovable(path, f"the folder can't be read ({error.strerror})"))
             continue
@@ -169,7 +184,12 @@ def look(
         return None
     if stat.S_ISDIR(st.st_mode):
         return None if filters.leaves_out(path) else Found(path, "directory", st, mirrored)
-    if not filters.takes(path) or _OURS.fullmatch(name):
+    if _TAKEN.fullmatch(name) and not filters.leaves_out(path):
+        # What was interrupted is put right before anything is looked for: this one's folder had another name then.
+        reason = "a file that an interrupted migration took aside, and that can't be put back: rename it, or delete it"
+        unmovable(Unmovable(path, reason))
+        return None
+    if not filters.takes(path) or _PART.fullmatch(name):
         return None
     if not filters.takes_unfinished and is_temporary(name):
         unmovable(Unmovable(path, "its name says that a program has not finished it", passing=True))

@@ -26,8 +26,10 @@ from watchdog.events import (
     FileSystemEvent,
     FileSystemEventHandler,
 )
+from watchdog.utils import BaseThread
 
-from esrfs_daemon.destination import filesystem_type
+from esrfs_daemon.asking import answers
+from esrfs_daemon.destination import filesystem_type, views_below
 
 log = logging.getLogger("esrfs.daemon")
 
@@ -53,6 +55,9 @@ class Watch:
         kind = filesystem_type(source_fd)
         if kind.startswith(_NO_EVENTS):
             raise EventsUnavailable(f"{source} lies on {kind}, where not all changes make events")
+        for view in sorted(views_below(source)):  # to watch the source is to walk it, with no end in a mount that hangs
+            if not answers(os.path.join(source, view)):
+                raise EventsUnavailable(f"{source} can't be watched: {view} in it, a mounted esrfs, does not answer")
         self._handler = _Handler(source, wake)
         self._hearing = _Hearing(self._handler)
         self._observer = watchdog.observers.Observer()
@@ -71,12 +76,25 @@ class Watch:
     @property
     def is_alive(self) -> bool:
         """False when a thread of it has ended: then no more events come."""
-        return self._observer.is_alive() and all(emitter.is_alive() for emitter in self._observer.emitters)
+        threads = [self._observer, *self._observer.emitters, *self._reader()]
+        return all(thread.is_alive() for thread in threads)
 
     def close(self) -> None:
         logging.getLogger("watchdog").removeHandler(self._hearing)
-        self._observer.stop()
+        try:
+            self._observer.stop()
+        except KeyError:
+            # Its books are wrong when two folders have exchanged their names, as by ``init --in-place``, so that it
+            # stops in the middle of stopping. What sent it there is left behind, waiting for events that don't come.
+            log.debug("watchdog did not end by itself", exc_info=True)
+            self._observer.emitters.clear()
+            self._observer.stop()
         self._observer.join()
+
+    def _reader(self) -> list[BaseThread]:
+        """The thread that reads events from the kernel, in versions of watchdog that have one for that."""
+        reader = getattr(self._observer, "_inotify_fd", None)
+        return [reader] if isinstance(reader, BaseThread) else []
 
 
 class _Handler(FileSystemEventHandler):
