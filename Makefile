@@ -1,11 +1,12 @@
 # make demo [PHOTOS=folder]   see it work on your photographs, or on those that scikit-image ships
-# make test | test-slow       the tests; the slow ones take minutes
+# make test | test-slow       the tests, in TESTERS processes; the slow ones, one after the other, take hours
 # make check                  lint, format, types
 # make man                    the manual pages, anew from the command line's own help
 # make bench                  the benchmarks (figures, no verdicts)
 VENV ?= .venv
 PYTHON ?= python3
 PHOTOS ?=
+TESTERS ?= 2
 BENCHMARKS ?= small_files views networks migration
 BIN := $(VENV)/bin
 
@@ -21,7 +22,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m esrfs.cli.demo $(if $(PHOTOS),--photos '$(PHOTOS)') --out demo-out
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TESTERS) --dist worksteal
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

@@ -27,6 +27,9 @@ _BEFORE_ITS_LIMIT_SECONDS = 5.0
 _EXPECTED = pytest.StashKey[list[str]]()
 _TRACEBACK = "Traceback (most recent call last)"
 
+# Tests start some thousand processes. Where bytecode may not be kept, each would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 # ---- the guard: as in s3ql, warnings that nobody expected are how silent damage shows first
 
@@ -55,6 +58,8 @@ def _unexpected_log_fails(request: pytest.FixtureRequest, caplog: pytest.LogCapt
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     """Tracebacks that threads and child processes (the mount, the engine) print, whoever started them."""
     report = yield
+    # A name that is no text may be in what was printed; reports travel between processes as UTF-8.
+    report.sections = [(title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections]
     if report.when == "teardown" and report.passed:
         for title, text in report.sections:
             if title.startswith("Captured std") and _TRACEBACK in text and not _expected(item, text):
@@ -204,9 +209,10 @@ def _no_mount_is_waited_for_without_end(request: pytest.FixtureRequest) -> Itera
 
 
 @pytest.fixture
-def mounted(tmp_path: Path, can_mount: None) -> Iterator[Mounted]:
+def mounted(tmp_path: Path, can_mount: None, request: pytest.FixtureRequest) -> Iterator[Mounted]:
     """A store that is mounted; compaction runs when asked (``mounted.compact()``). Its log is checked at the end."""
-    mount = Mounted(tmp_path)
+    patience = "normal" if request.node.get_closest_marker("slow") else "low"
+    mount = Mounted(tmp_path, patience=patience)
     try:
         yield mount.start()
     finally:
