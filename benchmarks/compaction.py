@@ -24,7 +24,7 @@ from benchmarks.machine import describe
 from esrfs import formats
 from esrfs.blob import recipe as recipe_format
 from esrfs.blob.recipe import Recipe
-from esrfs.compaction import compactor, planner
+from esrfs.compaction import compactor, encoder, planner
 from esrfs.compaction.outcome import CHOICES, LOSSLESS, PATIENCES, Policy, Verdict, stored_bytes
 from esrfs.engine import tiles
 from esrfs.engine.lanes import Crossing
@@ -117,7 +117,7 @@ def _one_encode(pixels: Pixels, policy: Policy, recipe: Recipe) -> str:
     """The time that one encode of the whole picture takes, alone."""
     start, cpu = time.perf_counter(), time.process_time()
     speed = planner.PATIENCE[policy.patience].speed
-    compactor.encode_avif(_image(pixels), recipe.quality, recipe.subsampling, speed)
+    encoder.encode_avif(_image(pixels), recipe.quality, recipe.subsampling, speed)
     return f"{time.perf_counter() - start:.1f} ({time.process_time() - cpu:.1f} of CPU)"
 
 
@@ -126,7 +126,7 @@ def _plain(pixels: Pixels, score: float, speed: int) -> float:
     reference, image = Reference(pixels, threads=2), _image(pixels)
 
     def attempt(level: int) -> tuple[float, int]:
-        avif = compactor.encode_avif(image, planner.quality(level), "4:4:4", speed)
+        avif = encoder.encode_avif(image, planner.quality(level), "4:4:4", speed)
         decoded = formats.decode(avif, 300)
         return reference.compare(np.ascontiguousarray(decoded[:, :, : pixels.shape[2]])).score, len(avif)
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageFilter
 from benchmarks import texture
 from esrfs import formats
 from esrfs.blob.recipe import JpegCoding
-from esrfs.compaction.compactor import encode_avif
+from esrfs.compaction.encoder import encode_avif
 from esrfs.formats import jpeg
 from esrfs.metrics.ssimulacra2 import Reference
 from esrfs.networks import loading, registry

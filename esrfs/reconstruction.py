@@ -18,12 +18,11 @@ from PIL import Image
 from esrfs import formats
 from esrfs.blob import recipe as recipe_format
 from esrfs.blob.recipe import JpegXlCoding, Recipe, Verbatim
-from esrfs.formats import cells, jpegxl, kinds
+from esrfs.formats import cells, jpegxl, kinds, libavif
+from esrfs.formats.view import Pixels, Samples
 
-Pixels = npt.NDArray[np.uint8]
-
-Infer = Callable[[bytes, Pixels], Pixels]
-"""(sha256 of a network's file, H×W×3 RGB) → (H·s)×(W·s)×3, s being the network's scale."""
+Infer = Callable[[bytes, Samples], Pixels]
+"""(sha256 of a network's file, H×W×3 RGB) → (H·s)×(W·s)×3 bytes, s being the network's scale."""
 
 _BLOCK = 32
 """Pixels of the small picture along the side of a block in which it is compared with the rebuilt one."""
@@ -99,23 +98,23 @@ def _turned_back(recipe: Recipe, coding: JpegXlCoding, picture: bytes) -> bytes:
     return view
 
 
-def decode_small(plan: Plan, avif: bytes) -> Pixels:
-    """The blob's picture, h×w×3 RGB, h×w×1 for gray. Raises ReconstructionError if it is damaged or not of the size
-    that ``plan`` says."""
+def decode_small(plan: Plan, avif: bytes) -> Samples:
+    """The blob's picture, h×w×3 RGB, h×w×1 for gray; of 16 bits if it has more than 8, and a network is to see it.
+    Raises ReconstructionError if it is damaged or not of the size that ``plan`` says."""
     height, width = math.ceil(plan.height / plan.scale), math.ceil(plan.width / plan.scale)
     try:
-        pixels = cells.decode(avif, width, height)
+        pixels = cells.decode(avif, width, height, deep=bool(plan.network_sha256))
     except formats.Unsupported as error:
         raise ReconstructionError(f"the blob's picture can't be decoded: {error.message}") from error
     if pixels.shape == (height, width, 3) and plan.gray:  # An older Pillow decodes gray to RGB.
-        pixels = _gray(pixels)
+        pixels = _gray(libavif.as_bytes(pixels))
     expected = (height, width, 1 if plan.gray else 3)
     if pixels.shape != expected:
         raise ReconstructionError(f"the blob's picture is of {pixels.shape}, and the recipe says {expected}")
     return pixels
 
 
-def enlarge(plan: Plan, small: Pixels, infer: Infer) -> Pixels:
+def enlarge(plan: Plan, small: Samples, infer: Infer) -> Pixels:
     """``small`` (h×w×3, ×1 for gray) enlarged to exactly height × width × 3, × 1 for gray.
 
     Raises ReconstructionError if the network is not of the plan's scale, ImplausibleError.
@@ -129,7 +128,7 @@ def enlarge(plan: Plan, small: Pixels, infer: Infer) -> Pixels:
         if plan.gray:
             large = _gray(large)
     elif plan.scale == 1:
-        large = small
+        large = libavif.as_bytes(small)
     else:
         raise ReconstructionError(f"the recipe names no network for scale {plan.scale}")
     return large[: plan.height, : plan.width]
@@ -145,7 +144,7 @@ def _gray(pixels: Pixels) -> Pixels:
     return result
 
 
-def _check_resemblance(small: Pixels, large: Pixels, scale: int) -> None:
+def _check_resemblance(small: Samples, large: Pixels, scale: int) -> None:
     """Compare block means: a network changes edges and texture, an overflow makes blocks black."""
     difference = max(
         float(np.abs(expected - found).max())
@@ -158,10 +157,10 @@ def _check_resemblance(small: Pixels, large: Pixels, scale: int) -> None:
         )
 
 
-def _block_means(pixels: Pixels, block: int) -> Iterator[npt.NDArray[np.float64]]:
+def _block_means(pixels: Samples, block: int) -> Iterator[npt.NDArray[np.float64]]:
     """Of whole blocks (a few pixels at an edge may well change), row by row; of a picture smaller than a block, all in
     one."""
     height, width = (max(side // block * block, min(side, block)) for side in pixels.shape[:2])
     for top in range(0, height, block):
-        rows = np.ascontiguousarray(pixels[top : min(top + block, height), :width])
+        rows = libavif.as_bytes(np.ascontiguousarray(pixels[top : min(top + block, height), :width]))
         yield np.asarray(Image.fromarray(rows).reduce(block), dtype=np.float64)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F  # noqa: N812 (torch's own convention)
 
-from esrfs.compaction import compactor, planner, refine
+from esrfs.compaction import compactor, encoder, planner, refine
 from esrfs.metrics.ssimulacra2 import Reference
 from esrfs.networks import loading, registry
 from tests.conftest import photograph
@@ -41,7 +41,7 @@ def test_it_takes_fewer_bytes_for_a_better_score() -> None:
     original, small = _picture(256, 256)
 
     def scored(picture: np.ndarray, level: int) -> tuple[float, int, np.ndarray]:
-        avif = compactor.encode_avif(Image.fromarray(picture), planner.quality(level))
+        avif = encoder.encode_avif(Image.fromarray(picture), planner.quality(level))
         decoded = compactor.reconstruction.decode_small(compactor.Plan(256, 256, 2, b"", False), avif)
         return Reference(original).compare(network(decoded[None])[0]).score, len(avif), decoded
 

@@ -29,7 +29,7 @@ from esrfs import formats, reconstruction
 from esrfs.blob import container
 from esrfs.blob import recipe as recipe_format
 from esrfs.blob.recipe import Recipe, Scores
-from esrfs.compaction import compactor
+from esrfs.compaction import encoder
 from esrfs.formats import jpeg_parse
 from esrfs.networks import registry
 from tests import gallery as making
@@ -241,7 +241,7 @@ def test_which_heads_and_tails_of_each_kind_cost_no_network(
 def _put_ungated(mounted: Mounted, name: str, original: bytes) -> Recipe:
     """A blob of its picture at full size, however good: only where the bytes lie counts here."""
     split = formats.split(original, 50)
-    avif = compactor.encode_avif(Image.fromarray(split.pixels()), 45, speed=10)
+    avif = encoder.encode_avif(Image.fromarray(split.pixels()), 45, speed=10)
     plan = reconstruction.Plan(split.width, split.height, 1, b"", False)
     pixels = reconstruction.decode_small(plan, avif)
     fitted = formats.fit_view(split, pixels)

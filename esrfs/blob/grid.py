@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 _ESSENTIAL = 0x80
+_HIGH_BITDEPTH = 0x40
 _SHARED = (b"pixi", b"av1C", b"colr")
 """Properties of a cell besides its size (ispe), in the order in which they are written."""
 
@@ -97,6 +98,15 @@ def take_apart(avif: bytes) -> Grid | None:
     except (_Unexpected, struct.error, KeyError, ValueError):
         return None
     return Grid(width, height, columns + 1, cells)
+
+
+def is_deep(avif: bytes) -> bool:
+    """Whether a file of one picture, as libavif writes it, has more than 8 bits a sample (AV1-ISOBMFF 2.3.3)."""
+    try:
+        configuration = _Single.parse(avif).properties[b"av1C"]
+        return bool(configuration[10] & _HIGH_BITDEPTH)
+    except (_Unexpected, struct.error, KeyError, IndexError, ValueError):
+        return False
 
 
 @dataclass(frozen=True)

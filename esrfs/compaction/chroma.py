@@ -1,4 +1,4 @@
-"""Colours as AVIF's encoder must be given them so that they come back as they were.
+"""Colours as AVIF's encoder must be given them so that they come back as they were, where there are 8 bits only.
 
 When libavif turns red, green and blue into luma and chroma, as Pillow has it do, it cuts chroma's fractions off instead
 of rounding. So every picture comes back with half a shade less of both chromas: some 0.5 less red, 0.5 more green and

@@ -8,14 +8,12 @@ very bytes, encoded as a view, decoded again, and measured by the gate.
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
-from types import MappingProxyType
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -28,8 +26,9 @@ from esrfs.blob import recipe as recipe_format
 from esrfs.blob.carried import Carried
 from esrfs.blob.recipe import Coding, Recipe, Scores
 from esrfs.blob.reference import reference
-from esrfs.compaction import chroma, gate, lossless, mosaic, planner, shrinking
+from esrfs.compaction import gate, lossless, mosaic, planner, shrinking
 from esrfs.compaction import outcome as outcome_format
+from esrfs.compaction.encoder import encode_avif
 from esrfs.compaction.outcome import LOSSLESS, Outcome, Policy, Reason, Verdict
 from esrfs.compaction.planner import Curve, Patience, Trial
 from esrfs.compaction.refine import Refined, codec_noise
@@ -60,14 +59,13 @@ _HIGHER_WHEN_SMALL = 12
 """By so many levels more must a small picture be encoded, as the network enlarges the codec's noise with it."""
 _FAST = 8
 """libaom's speed for the mosaic."""
-_FAST_SCORES_LESS, _LESS_BY_LEVEL, _LESS_FROM = 1.2, 0.09, 28
+_FAST_SCORES_LESS, _LESS_BY_LEVEL, _LESS_FROM = 1.3, 0.04, 22
 """Points, on average, at one level, than what is kept scores; the less the higher the level."""
 _LIKE_WHEN_SMALL = 16
 """So many levels lower, at full resolution, is what a small picture's level is like in this."""
 _EXPLORED = 6
 """libaom's speed, at most, for pictures that are their own mosaic: how much a slower one saves differs between ways by
 more than they do."""
-_ENCODER_THREADS = 8
 _WORST_OF_MOSAIC = 2.5
 """Points by which a picture's worst tile scores less than its mosaic's, on average."""
 _SMALL = 2_000_000
@@ -708,52 +706,3 @@ def _refused(reason: Reason, message: str, split: formats.Split, score: float | 
 
 def _image(pixels: Pixels) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
-
-
-def encode_avif(
-    image: Image.Image,
-    quality: int,
-    subsampling: str = "4:4:4",
-    speed: int = 6,
-    *,
-    lift: bool = False,
-    tuning: Mapping[str, str] = MappingProxyType({}),
-) -> bytes:
-    """Encode a picture for a blob; ``quality`` is 0 to 99, ``speed`` libaom's; ``lift``: so that colours come back as
-    they were (``chroma.py``); ``tuning``: libaom's options, where this libaom knows them. The bytes don't depend on the
-    machine's number of processors. Large pictures are coded in cells, which bounds the memory."""
-    if cells.is_large(image):
-        encode = partial(encode_avif, quality=quality, subsampling=subsampling, speed=speed, lift=lift, tuning=tuning)
-        return cells.encode(image, encode)
-    if lift:
-        image = chroma.lifted(image)
-    best = _tuning()
-    out = io.BytesIO()
-    image.save(
-        out,
-        "AVIF",
-        quality=quality,
-        speed=speed,
-        subsampling="4:0:0" if image.mode == "L" else subsampling,
-        codec="aom",
-        # libaom gives other bytes with one thread than with several, the same with any number of several; tiles chosen
-        # automatically depend on the number.
-        max_threads=_ENCODER_THREADS,
-        autotiling=False,
-        tile_rows=0,
-        tile_cols=0,
-        advanced={**best, **tuning} if best else {},
-    )
-    return out.getvalue()
-
-
-@cache
-def _tuning() -> dict[str, str]:
-    """libaom's tuning for the gate's metric, where this libaom has it: 4.5 % fewer bytes than its default (DESIGN
-    10)."""
-    best = {"tune": "ssimulacra2"}
-    try:
-        Image.new("RGB", (16, 16)).save(io.BytesIO(), "AVIF", codec="aom", max_threads=1, advanced=best)
-    except (OSError, ValueError):
-        return {}
-    return best

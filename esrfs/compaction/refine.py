@@ -21,16 +21,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (torch's own convention)
 
 from esrfs.compaction.shrinking import continued
+from esrfs.formats.view import Pixels, Samples
 from esrfs.metrics.differentiable import Original
 from esrfs.networks.spread import Spread, in_turn
 
-Pixels = npt.NDArray[np.uint8]
 Enlarge = Callable[[Tensor], Tensor]
 """A network as a function of tensors: N×3×h×w, RGB in 0 to 1 → N×3×(h·scale)×(w·scale); gradients flow through it."""
 
@@ -118,9 +117,9 @@ def _business(small: Pixels, rows: tuple[int, int], columns: tuple[int, int]) ->
     return float(np.abs(np.diff(luma, axis=0)).sum() + np.abs(np.diff(luma, axis=1)).sum())
 
 
-def codec_noise(small: Pixels, decoded: Pixels) -> float:
+def codec_noise(small: Pixels, decoded: Samples) -> float:
     """Root mean square of what the codec changed, in shades of 255."""
-    difference = small.astype(np.float32) - decoded
+    difference = small.astype(np.float32) - decoded.astype(np.float32) * np.float32(255 / np.iinfo(decoded.dtype).max)
     return float(np.sqrt(np.mean(difference * difference)))
 
 

@@ -19,14 +19,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from esrfs import formats
 from esrfs.engine.lanes import Cancelled, Running
 from esrfs.engine.protocol import Lane
+from esrfs.formats.view import Pixels, Samples
 from esrfs.networks.spread import Spread, in_turn
-
-Pixels = npt.NDArray[np.uint8]
 
 TILE = 256
 """Input pixels along a tile's side, at most, without its margin. Larger ones fall out of the CPU's caches."""
@@ -42,7 +40,7 @@ class Network(Protocol):
     margin: int
     multiple: int
 
-    def __call__(self, tiles: Pixels) -> Pixels: ...
+    def __call__(self, tiles: Samples) -> Pixels: ...
 
 
 @dataclass(frozen=True)
@@ -83,14 +81,15 @@ def _spans(length: int, size: int, multiple: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-def enlarge(network: Network, pixels: Pixels, spread: Spread = in_turn, size: int = TILE) -> Pixels:
-    """H×W×channels uint8 (RGB, for all but shrinkers) → (H·scale)×(W·scale)×3 uint8, on a ``formats.canvas``.
+def enlarge(network: Network, pixels: Samples, spread: Spread = in_turn, size: int = TILE) -> Pixels:
+    """H×W×channels uint8 or uint16 (RGB, for all but shrinkers) → (H·scale)×(W·scale)×3 uint8, on a
+    ``formats.canvas``.
 
     Raises ValueError for another shape or type, and whatever the network or ``spread`` raise.
     """
     height, width, channels = pixels.shape
-    if channels != network.channels or pixels.dtype != np.uint8:
-        raise ValueError(f"this network takes H×W×{network.channels} bytes, not {pixels.shape} of {pixels.dtype}")
+    if channels != network.channels or pixels.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"this network takes H×W×{network.channels} samples, not {pixels.shape} of {pixels.dtype}")
     scale = network.scale
     result = formats.canvas(height * scale, width * scale)
 

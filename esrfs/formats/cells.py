@@ -10,8 +10,9 @@ from PIL import Image
 
 from esrfs.blob import grid
 from esrfs.compaction.outcome import Reason
+from esrfs.formats import libavif
 from esrfs.formats import pixels as plain
-from esrfs.formats.view import Pixels, Unsupported
+from esrfs.formats.view import Pixels, Samples, Unsupported
 
 WHOLE_MEGAPIXELS = 16.0
 """Smaller pictures are coded as a whole. (No decoder smoothes edges between cells, and older ffmpeg shows the first
@@ -67,29 +68,41 @@ def _cell(image: Image.Image, left: int, top: int, width: int, height: int) -> I
     return Image.fromarray(np.pad(part, lacking[: part.ndim], mode="edge"))
 
 
-def decode(avif: bytes, width: int, height: int) -> Pixels:
-    """The picture (uint8, height × width × 1 or 3, a canvas if it has cells). Raises Unsupported if it is damaged, or
-    larger than that."""
+def decode(avif: bytes, width: int, height: int, *, deep: bool = False) -> Samples:
+    """The picture (height × width × 1 or 3, a canvas if it has cells): bytes, or ``deep``: 16 bits, if it has more than
+    8. Raises Unsupported if it is damaged, or larger than that."""
     parts = grid.take_apart(avif)
     if parts is None:
-        return plain.decode(avif, width * height / 1e6)
+        return _decode_one(avif, width * height / 1e6, deep=deep)
     if (parts.width, parts.height) != (width, height):
         raise _damaged(f"its grid is of {parts.width} × {parts.height} pixels, not {width} × {height}")
     rows = len(parts.cells) // parts.columns
     limit = (width + _ALIGNMENT) * (height + _ALIGNMENT) / 1e6
-    first = plain.decode(parts.cells[0], limit)
+    first = _decode_one(parts.cells[0], limit, deep=deep)
     high, wide, channels = first.shape
     if channels not in (1, 3) or not _covers(high, rows, height) or not _covers(wide, parts.columns, width):
         raise _damaged("its cells don't make its picture")
-    result = plain.canvas(height, width) if channels == 3 else np.empty((height, width, 1), dtype=np.uint8)
+    as_canvas = channels == 3 and first.dtype == np.uint8
+    result = plain.canvas(height, width) if as_canvas else np.empty((height, width, channels), dtype=first.dtype)
     for number, data in enumerate(parts.cells):
-        cell = plain.decode(data, limit)
-        if cell.shape != first.shape:
+        cell = _decode_one(data, limit, deep=deep)
+        if cell.shape != first.shape or cell.dtype != first.dtype:
             raise _damaged("its cells are of different kinds")
         top, left = number // parts.columns * high, number % parts.columns * wide
         area = result[top : top + high, left : left + wide]
         area[:] = cell[: area.shape[0], : area.shape[1]]
     return result
+
+
+def _decode_one(avif: bytes, max_megapixels: float, *, deep: bool) -> Samples:
+    if not grid.is_deep(avif):
+        return plain.decode(avif, max_megapixels)
+    plain.check_header(avif, max_megapixels)
+    try:
+        samples = libavif.decode(avif)
+    except OSError as error:
+        raise _damaged(str(error)) from error
+    return samples if deep else libavif.as_bytes(samples)
 
 
 def _covers(cell: int, count: int, whole: int) -> bool:

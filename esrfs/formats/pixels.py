@@ -92,6 +92,18 @@ def decode(data: bytes, max_megapixels: float) -> Pixels:
         raise Unsupported(Reason.BROKEN, f"the picture is damaged: {error}", kind) from error
 
 
+def check_header(data: bytes, max_megapixels: float) -> None:
+    """Raises Unsupported for a picture whose header says that it has more pixels, or that Pillow finds none in."""
+    kind = identify(data)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                check_dimensions(*image.size, max_megapixels, kind)
+    except DECODE_ERRORS as error:
+        raise Unsupported(Reason.BROKEN, f"the picture is damaged: {error}", kind) from error
+
+
 def shown_as(data: bytes) -> tuple[int, bytes]:
     """What else tells how a picture looks that ``decode`` reads: EXIF's orientation (1: as stored) and its ICC profile
     (empty: none)."""

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Pixels = npt.NDArray[np.uint8]
+    Samples = npt.NDArray[np.unsignedinteger]  # bytes, or 16 bits: 65,535 is what 255 is among bytes
 else:
-    Pixels = "numpy.ndarray"
+    Pixels = Samples = "numpy.ndarray"
 
 SCAN_ALIGNMENTS = (65536, 4096)
 """The scan starts at a multiple of the first where the size allows, else of the next: the bytes before it are served

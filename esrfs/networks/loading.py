@@ -24,6 +24,7 @@ from esrfs.networks import architectures, spec
 from esrfs.networks.spec import NetworkSpec
 
 Pixels = npt.NDArray[np.uint8]
+Samples = npt.NDArray[np.unsignedinteger]
 
 
 class Network:
@@ -39,19 +40,19 @@ class Network:
         self._model = model.to(device).eval().requires_grad_(False)
         channels_last(self._model)
 
-    def __call__(self, tiles: Pixels) -> Pixels:
-        """N×H×W×channels uint8 (RGB, for all but shrinkers) → N×(H·scale)×(W·scale)×3 uint8, contiguous.
+    def __call__(self, tiles: Samples) -> Pixels:
+        """N×H×W×channels uint8 or uint16 (RGB, for all but shrinkers) → N×(H·scale)×(W·scale)×3 uint8, contiguous.
 
         No tiling here: memory is about 300 bytes for each input pixel with 32 channels, 600 with 64.
         """
         count, height, width, channels = tiles.shape
-        if channels != self.channels or tiles.dtype != np.uint8:
-            raise ValueError(f"this network takes N×H×W×{self.channels} bytes, not {tiles.shape} of {tiles.dtype}")
+        if channels != self.channels or tiles.dtype not in (np.uint8, np.uint16):
+            raise ValueError(f"this network takes N×H×W×{self.channels} samples, not {tiles.shape} of {tiles.dtype}")
         s = self.scale
         with torch.inference_mode():
             # NHWC seen as NCHW is torch's channels_last: nothing moves.
             x = torch.from_numpy(np.require(tiles, requirements=("C", "W"))).to(self.device)
-            x = x.permute(0, 3, 1, 2).float().div_(255)
+            x = x.permute(0, 3, 1, 2).float().div_(np.iinfo(tiles.dtype).max)
             below, right = -height % self.multiple, -width % self.multiple
             if below or right:
                 x = F.pad(x, (0, right, 0, below), mode="replicate")

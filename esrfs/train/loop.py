@@ -319,7 +319,7 @@ def _batches(
 
 def _tensor(pixels: np.ndarray, device: torch.device) -> Tensor:
     x = torch.from_numpy(pixels).to(device, non_blocking=True)
-    return x.permute(0, 3, 1, 2).float().div_(255)  # NHWC permuted is channels_last already
+    return x.permute(0, 3, 1, 2).float().div_(np.iinfo(pixels.dtype).max)  # NHWC permuted is channels_last already
 
 
 def _step(

@@ -23,14 +23,18 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from esrfs import formats
 from esrfs.cli import show
-from esrfs.compaction import refine, shrinking
+from esrfs.compaction import planner, refine, shrinking
+from esrfs.compaction.encoder import encode_8_bits
 from esrfs.evaluate import requirements
+from esrfs.formats.libavif import as_bytes
+from esrfs.formats.view import Pixels, Samples
 from esrfs.metrics.fidelity import y_psnr
 from esrfs.metrics.ssimulacra2 import Reference
 from esrfs.networks import loading, registry
 from esrfs.train.photographs import find, read_rgb
-from esrfs.train.store_degradation import Pixels, code, decode
+from esrfs.train.store_degradation import code, decode
 
 _BANDS = ((30, 60), (40, 50), (50, 60), (60, 70))
 """Scores over which bytes are compared."""
@@ -83,17 +87,17 @@ def measure(
     see ``structure_of``."""
     full = _divisible(full, network.scale)
     height, width = full.shape[:2]
-    small = shrinking.reduced(full, network.scale)
+    shrunk = shrinking.reduced(full, network.scale)
+    small: Samples = shrunk
     size = 0
     if level is not None:
         if shrinker is not None:
-            small = shrinker(shrinking.pack(full, small, network.scale, shrinking.alike(level))[None])[0]
-        avif = code(small, level)
+            shrunk = shrinker(shrinking.pack(full, shrunk, network.scale, shrinking.alike(level))[None])[0]
+        avif = code(shrunk, level)
         if refined:
-            small = _refined(network, full, small, decode(avif))
-            avif = code(small, level)
+            avif = code(_refined(network, full, shrunk, decode(avif)), level)
         small, size = decode(avif), len(avif)
-    bicubic = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+    bicubic = np.asarray(Image.fromarray(as_bytes(small)).resize((width, height), Image.Resampling.BICUBIC))
     view = network(small[None])[0]
     return Gain(
         bicubic=y_psnr(full, bicubic),
@@ -104,7 +108,7 @@ def measure(
     )
 
 
-def _refined(network: loading.Network, full: Pixels, small: Pixels, decoded: Pixels) -> Pixels:
+def _refined(network: loading.Network, full: Pixels, small: Pixels, decoded: Samples) -> Pixels:
     noise = refine.codec_noise(small, decoded)
     done = refine.refine(
         full, small, network.differentiable, scale=network.scale, margin=network.margin, noise=noise
@@ -127,11 +131,11 @@ def structure_of(full: Pixels) -> Structure:
 
 
 def plain_avif(full: Pixels, reference: Reference, structure: Structure) -> list[Version]:
-    """Full-size AVIF with compaction's encoder and tuning (but colours as they are), by rising level."""
+    """Full-size AVIF of 8 bits, as Pillow makes it with compaction's tuning, by rising level."""
 
     def version(level: int) -> Version:
-        avif = code(full, level)
-        view = decode(avif)
+        avif = encode_8_bits(Image.fromarray(full), planner.quality(level))
+        view = formats.decode(avif, full.shape[0] * full.shape[1] / 1e6)
         return Version(
             psnr=y_psnr(full, view), score=reference.compare(view).score, ms_ssim=structure(view), bytes=len(avif)
         )

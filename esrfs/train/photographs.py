@@ -16,12 +16,12 @@ from PIL import Image
 
 from esrfs.compaction import refine
 from esrfs.engine import room
+from esrfs.formats import libavif
 from esrfs.formats.pixels import DECODE_ERRORS
+from esrfs.formats.view import Pixels, Samples
 from esrfs.networks import loading
 from esrfs.train import real_esrgan, store_degradation
 from esrfs.train.settings import RealEsrganDegradation, Stage, Training, TrainingError
-
-Pixels = npt.NDArray[np.uint8]
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
@@ -31,7 +31,7 @@ class Photograph(msgspec.Struct, frozen=True):
     """SHA-256 of the pixels."""
     full: Pixels
     """H×W×3, RGB; H and W multiples of the scale."""
-    small: tuple[Pixels, ...]
+    small: tuple[Samples, ...]
     """Versions of the downscaled picture, (H/scale)×(W/scale)×3: clean first, then coded ones. Empty where the
     degradation is drawn anew for each patch."""
     levels: tuple[int, ...] = ()
@@ -41,7 +41,7 @@ class Photograph(msgspec.Struct, frozen=True):
 
 
 class Batch(msgspec.Struct, frozen=True):
-    small: Pixels
+    small: Samples
     """N×patch×patch×3; for a shrinker as ``compaction.shrinking.pack`` packs it."""
     full: Pixels
     """N×(patch·scale)×(patch·scale)×3."""
@@ -78,7 +78,8 @@ def check(learn: Sequence[Path], aside: Sequence[Path], training: Training) -> N
     """Whether patches can be cut out of these, and all of them be held in memory, before anything is made of them.
     Looks at the files' headers only. Raises TrainingError."""
     patch = max(stage.patch for stage in training.stages) * training.scale
-    versions = 0 if isinstance(training.degradation, RealEsrganDegradation) else training.degradation.versions + 1
+    # Of a small picture's samples: the clean version's have 1 byte, the coded ones' 2.
+    versions = 0 if isinstance(training.degradation, RealEsrganDegradation) else 2 * training.degradation.versions + 1
     pixels = 0
     for number, path in enumerate((*learn, *aside)):
         with _opened(path) as picture:
@@ -139,14 +140,14 @@ def load(
         full = _enlarged(read_rgb(path), training)
         full = np.ascontiguousarray(full[: full.shape[0] // scale * scale, : full.shape[1] // scale * scale])
         content = hashlib.sha256(full.tobytes()).digest()
-        small: tuple[Pixels, ...] = ()
+        small: tuple[Samples, ...] = ()
         levels: tuple[int, ...] = ()
         noise: tuple[float, ...] = ()
         if not isinstance(training.degradation, RealEsrganDegradation):
             # By the picture's content: the versions of one don't depend on which others are there.
             levels = store_degradation.draw_levels(content, scale, training.degradation, seed=training.seed)
             small = store_degradation.versions(full, scale, levels, cache, shrinker)
-            noise = tuple(refine.codec_noise(small[0], coded) for coded in small[1:])
+            noise = tuple(refine.codec_noise(libavif.as_bytes(small[0]), coded) for coded in small[1:])
         progress()
         return Photograph(content, full, small, levels, noise)
 
@@ -166,7 +167,7 @@ class Patch(msgspec.Struct, frozen=True):
     turn: int
     mirror: bool
 
-    def of(self, pixels: Pixels, scale: int = 1) -> Pixels:
+    def of(self, pixels: Samples, scale: int = 1) -> Samples:
         """Cut out of a picture that is ``scale`` times as large as the small one."""
         top, left, side = self.top * scale, self.left * scale, self.side * scale
         return turned(pixels[top : top + side, left : left + side], self.turn, self.mirror)
@@ -196,19 +197,20 @@ def draw_patch(
 def draw_batch(photographs: Sequence[Photograph], training: Training, stage: Stage, rng: np.random.Generator) -> Batch:
     """Random patches of random photographs, flipped and turned, and what the degradation makes of them."""
     scale, patch = training.scale, stage.patch
-    small = np.empty((stage.batch, patch, patch, 3), np.uint8)
+    small = np.empty((stage.batch, patch, patch, 3), np.uint16)
     full = np.empty((stage.batch, patch * scale, patch * scale, 3), np.uint8)
     for index in range(stage.batch):
         drawn = draw_patch(photographs, training, stage, rng)
         full[index] = drawn.of(drawn.photograph.full, scale)
         if isinstance(training.degradation, RealEsrganDegradation):
-            small[index] = real_esrgan.degrade(full[index], scale, training.degradation.second_order, rng)
+            degraded: Samples = real_esrgan.degrade(full[index], scale, training.degradation.second_order, rng)
         else:
-            small[index] = drawn.of(drawn.photograph.small[drawn.version])
+            degraded = drawn.of(drawn.photograph.small[drawn.version])
+        small[index] = libavif.as_16_bits(degraded)
     return Batch(small, full)
 
 
-def turned(pixels: Pixels, turn: int, mirror: bool) -> Pixels:
+def turned(pixels: Samples, turn: int, mirror: bool) -> Samples:
     """By ``turn`` right angles, then mirrored."""
     result = np.rot90(pixels, turn)
     return result[:, ::-1] if mirror else result

@@ -19,7 +19,10 @@ import PIL
 from PIL import Image, features
 
 from esrfs import whole
-from esrfs.compaction import compactor, planner, shrinking
+from esrfs.compaction import planner, shrinking
+from esrfs.compaction.encoder import encode_avif
+from esrfs.formats import cells, libavif
+from esrfs.formats.view import Samples
 from esrfs.networks import loading
 from esrfs.train.settings import StoreDegradation
 
@@ -31,12 +34,15 @@ _PROBES = (24, 44, 60)
 
 def code(small: Pixels, level: int) -> bytes:
     """The AVIF that compaction would put into a blob, at one of the planner's levels (0 to 63)."""
-    return compactor.encode_avif(Image.fromarray(small), planner.quality(level))
+    return encode_avif(Image.fromarray(small), planner.quality(level))
 
 
-def decode(avif: bytes) -> Pixels:
+def decode(avif: bytes) -> Samples:
+    """As the store's networks see it: of 16 bits, if it has more than 8."""
     with Image.open(io.BytesIO(avif)) as picture:
-        return np.asarray(picture.convert("RGB"))
+        width, height = picture.size
+    samples = cells.decode(avif, width, height, deep=True)
+    return np.repeat(samples, 3, 2) if samples.shape[2] == 1 else samples
 
 
 @functools.cache
@@ -45,7 +51,7 @@ def encoder() -> str:
     on how compaction sets it."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     digest = hashlib.sha256(b"".join(code(noise, level) for level in _PROBES))
-    return f"pillow-{PIL.__version__}-libavif-{features.version('avif')}-{digest.hexdigest()[:12]}"
+    return f"pillow-{PIL.__version__}-libavif-{libavif.version() or features.version('avif')}-{digest.hexdigest()[:12]}"
 
 
 def draw_levels(content: bytes, scale: int, degradation: StoreDegradation, *, seed: int) -> tuple[int, ...]:
@@ -57,11 +63,11 @@ def draw_levels(content: bytes, scale: int, degradation: StoreDegradation, *, se
 
 def versions(
     full: Pixels, scale: int, levels: Sequence[int], cache: Path, shrinker: loading.Network | None = None
-) -> tuple[Pixels, ...]:
+) -> tuple[Samples, ...]:
     """The picture made small: clean, then through AVIF at each level, changed by the shrinker before."""
     clean = shrinking.reduced(full, scale) if scale > 1 else full
 
-    def coded(level: int) -> Pixels:
+    def coded(level: int) -> Samples:
         if shrinker is None:
             return decode(_coded(clean, level, cache))
         packed = shrinking.pack(full, clean, scale, shrinking.alike(level))

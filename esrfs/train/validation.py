@@ -11,11 +11,13 @@ from PIL import Image
 from torch import nn
 
 from esrfs.compaction import planner, shrinking
+from esrfs.formats.libavif import as_bytes
+from esrfs.formats.view import Pixels, Samples
 from esrfs.metrics.fidelity import y_psnr
 from esrfs.metrics.ssimulacra2 import Reference
 from esrfs.networks.loading import Network
 from esrfs.train import export, real_esrgan, store_degradation
-from esrfs.train.photographs import Photograph, Pixels
+from esrfs.train.photographs import Photograph
 from esrfs.train.settings import RealEsrganDegradation, Training
 
 _EDGE = 384
@@ -46,7 +48,7 @@ def measure(
         reference = Reference(full)
         for small in versions:
             view = network(small[None])[0]
-            bicubic = np.asarray(Image.fromarray(small).resize(full.shape[1::-1], Image.Resampling.BICUBIC))
+            bicubic = np.asarray(Image.fromarray(as_bytes(small)).resize(full.shape[1::-1], Image.Resampling.BICUBIC))
             psnr = y_psnr(full, view)
             scores.append((psnr, psnr - y_psnr(full, bicubic), reference.compare(view).score))
     return _named(("psnr", "gain", "ssimulacra2"), scores)
@@ -62,15 +64,15 @@ def _saved(
     full, (clean, *_) = _middle(training, photograph)
     reference = Reference(full)
     for level in photograph.levels:
-        packed = shrinking.pack(full, clean, training.scale, level)
-        avifs = [store_degradation.code(small, level) for small in (clean, network(packed[None])[0])]
+        packed = shrinking.pack(full, as_bytes(clean), training.scale, level)
+        avifs = [store_degradation.code(small, level) for small in (as_bytes(clean), network(packed[None])[0])]
         before, after = (reference.compare(enlarger(store_degradation.decode(avif)[None])[0]).score for avif in avifs)
         size = len(avifs[1]) / len(avifs[0])
         equal = size * planner.GROWTH ** ((before - after) / planner.POINTS_PER_LEVEL)
         yield 100 * (size - 1), after - before, 100 * (equal - 1)
 
 
-def _middle(training: Training, photograph: Photograph) -> tuple[Pixels, list[Pixels]]:
+def _middle(training: Training, photograph: Photograph) -> tuple[Pixels, list[Samples]]:
     scale = training.scale
     height, width = (size // scale for size in photograph.full.shape[:2])
     rows, columns = min(height, _EDGE // scale), min(width, _EDGE // scale)
