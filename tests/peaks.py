@@ -34,12 +34,13 @@ from esrfs import formats, reconstruction
 from esrfs.blob import recipe as recipe_format
 from esrfs.blob.recipe import Recipe, Scores
 from esrfs.compaction import compactor, gate, lossless, planner
+from esrfs.compaction.encoder import encode_avif
 from esrfs.compaction.outcome import Policy
 from esrfs.compaction.planner import Curve, Trial
 from esrfs.engine import tiles
 from esrfs.engine.lanes import Crossing
 from esrfs.engine.protocol import Lane
-from esrfs.formats import cells
+from esrfs.formats import libavif
 from esrfs.metrics.ssimulacra2 import Reference
 from tests.test_1_png import interlaced
 
@@ -55,7 +56,7 @@ class _Doubling:
     multiple = 1
 
     def __call__(self, given: Pixels) -> Pixels:
-        return given.repeat(2, axis=1).repeat(2, axis=2)
+        return libavif.as_bytes(given).repeat(2, axis=1).repeat(2, axis=2)
 
 
 def _picture(width: int, height: int) -> Image.Image:
@@ -107,12 +108,6 @@ ORIGINALS: dict[str, Callable[[Image.Image], bytes]] = {
 """By KIND."""
 
 
-def _encode(image: Image.Image) -> bytes:
-    out = io.BytesIO()
-    image.save(out, "AVIF", quality=50, speed=10, subsampling="4:4:4")
-    return out.getvalue()
-
-
 def _needed(original: bytes, threads: int) -> int:
     return compactor.memory(formats.split(original, Policy().max_megapixels), len(original), threads)
 
@@ -147,7 +142,7 @@ def _compaction(original: bytes, threads: int) -> None:
 
 def _rebuilding(width: int, height: int, scale: int, kind: str) -> Callable[[], object]:
     small = _picture(-(-width // scale), -(-height // scale))
-    avif = cells.encode(small, _encode) if cells.is_large(small) else _encode(small)
+    avif = encode_avif(small, 50, speed=10)
     del small
     fitted = _fitted(width, height, kind)
     recipe = Recipe(
