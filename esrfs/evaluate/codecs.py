@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import imagecodecs
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, features
 
-Pixels = npt.NDArray[np.uint8]
+from esrfs.formats import libavif
+from esrfs.formats.view import Pixels, Samples
 
 
 class CodecMissingError(Exception):
@@ -34,10 +34,13 @@ class Codec:
     """The same for pictures that were shrunk: as growing enlarges the codec's noise too, they need finer ones."""
     encode: Callable[[Pixels, int], bytes]
     """H×W×3 RGB and a quality of 1 to 100 → a file."""
-    decode: Callable[[bytes], Pixels]
+    decode: Callable[[bytes], Samples]
+    """Bytes, or what there is more of them."""
 
 
-NAMES = ("jpeg", "webp", "avif", "jxl")
+NAMES = ("jpeg", "webp", "avif", "avif10", "jxl")
+LABELS = {"jpeg": "JPEG", "webp": "WebP", "avif": "AVIF", "avif10": "AVIF of 10 bits", "jxl": "JPEG XL"}
+_BEST_OF_AOM = (("tune", "ssimulacra2"),)
 _JXL_EFFORT = 7
 _AVIF_SPEED = 6
 _WEBP_METHOD = 5
@@ -51,7 +54,7 @@ def load(name: str) -> Codec:
             settings = f"libjpeg {version}, 4:2:0, progressive, optimised"
             return Codec(
                 name,
-                "JPEG",
+                LABELS[name],
                 settings,
                 (20, 30, 40, 50, 60, 72, 84, 91, 95),
                 (40, 60, 75, 85, 91, 95, 98),
@@ -63,7 +66,7 @@ def load(name: str) -> Codec:
             settings = f"libwebp {features.version('webp')}, method {_WEBP_METHOD}"
             return Codec(
                 name,
-                "WebP",
+                LABELS[name],
                 settings,
                 (12, 22, 35, 50, 62, 75, 85, 92, 97),
                 (35, 55, 72, 82, 90, 95, 99),
@@ -76,12 +79,26 @@ def load(name: str) -> Codec:
             settings = f"libavif {features.version('avif')}, aom, speed {_AVIF_SPEED}, 4:4:4, {tuning}"
             return Codec(
                 name,
-                "AVIF",
+                LABELS[name],
                 settings,
                 (25, 32, 40, 48, 56, 65, 75, 85, 92),
                 (38, 50, 62, 72, 82, 90, 96),
                 _encode_avif,
                 _decode,
+            )
+        case "avif10":
+            if not libavif.is_available(_BEST_OF_AOM):
+                message = "this imagecodecs has no libavif that codes 10 bits; one from PyPI has it: "
+                raise CodecMissingError(f"{message}pip install -U imagecodecs")
+            settings = f"libavif {libavif.version()}, aom, speed {_AVIF_SPEED}, 4:4:4, {'='.join(*_BEST_OF_AOM)}"
+            return Codec(
+                name,
+                LABELS[name],
+                settings,
+                (25, 32, 40, 48, 56, 65, 75, 85, 92),
+                (38, 50, 62, 72, 82, 90, 96),
+                _encode_avif10,
+                libavif.decode,
             )
         case "jxl":
             if not imagecodecs.JPEGXL.available:
@@ -90,7 +107,7 @@ def load(name: str) -> Codec:
             settings = f"{imagecodecs.jpegxl_version()}, effort {_JXL_EFFORT}"
             return Codec(
                 name,
-                "JPEG XL",
+                LABELS[name],
                 settings,
                 (25, 38, 48, 57, 65, 75, 83, 90, 95),
                 (40, 55, 68, 78, 87, 93, 97),
@@ -136,6 +153,12 @@ def _avif_tuning() -> str:
     except (OSError, ValueError):
         return ""
     return "tune=ssimulacra2"
+
+
+def _encode_avif10(pixels: Pixels, quality: int) -> bytes:
+    return libavif.encode(
+        pixels, quality=quality, speed=_AVIF_SPEED, subsampling="4:4:4", threads=1, options=dict(_BEST_OF_AOM)
+    )
 
 
 def _encode_jxl(pixels: Pixels, quality: int) -> bytes:

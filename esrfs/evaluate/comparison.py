@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from esrfs.evaluate import crops, plots
+from esrfs.evaluate import codecs, crops, plots
 from esrfs.evaluate.curves import Comparison, Mean
 from esrfs.evaluate.measures import MEASURES
 from esrfs.evaluate.page import Block, Code, Figure, Page, Row, Section, Table, Text
@@ -49,7 +49,7 @@ class Run:
 def label(way: Way) -> str:
     if way.codec == ESRFS:
         return "esrfs"
-    name = {"jpeg": "JPEG", "webp": "WebP", "avif": "AVIF", "jxl": "JPEG XL"}[way.codec]
+    name = codecs.LABELS[way.codec]
     grow = way.grow.capitalize() if way.grow == "lanczos" else way.grow
     if way.scale == 1:
         return f"{name}, {grow}" if grow else name

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 
@@ -31,9 +30,9 @@ from esrfs.engine import tiles
 from esrfs.evaluate import codecs
 from esrfs.evaluate.measures import Original
 from esrfs.evaluate.results import Result, Way
+from esrfs.formats.libavif import as_bytes
+from esrfs.formats.view import Pixels, Samples
 from esrfs.networks import loading, registry
-
-Pixels = npt.NDArray[np.uint8]
 
 T = TypeVar("T")
 
@@ -134,13 +133,13 @@ def shrunk(pixels: Pixels, scale: int, kernel: str) -> Pixels:
     return np.asarray(Image.fromarray(padded).resize(size, SHRINKS[kernel]))
 
 
-def grown(small: Pixels, scale: int, how: str, height: int, width: int) -> Pixels:
+def grown(small: Samples, scale: int, how: str, height: int, width: int) -> Pixels:
     """height × width × 3; ``how`` is empty (only at scale 1), a kernel of ``GROWS`` or a network's name."""
     if not how:
-        large = small
+        large = as_bytes(small)
     elif how in GROWS:
         size = (small.shape[1] * scale, small.shape[0] * scale)
-        large = np.asarray(Image.fromarray(small).resize(size, GROWS[how]))
+        large = np.asarray(Image.fromarray(as_bytes(small)).resize(size, GROWS[how]))
     else:
         large = tiles.enlarge(_network(how)[1], small)
     return np.ascontiguousarray(large[:height, :width])
