@@ -289,7 +289,7 @@ def _ways(picture: _Picture, networks: Sequence[NetworkRef], patience: Patience)
     reductions = [
         _Way(network.scale, chroma, network, shrinker)
         for network in networks
-        for shrinker in dict.fromkeys((network.shrinker, None) if patience.both else (network.shrinker,))
+        for shrinker in dict.fromkeys((network.shrinker, None) if patience.looks_closer else (network.shrinker,))
     ]
     if picture.gray:
         return [_Way(1, chroma), *reductions]
@@ -338,8 +338,8 @@ class _Compaction:
         some = mosaic.mosaic(self.picture.pixels)
         sample = self.picture if some is self.picture.pixels else _Picture(some, self.threads)
         promising = self._promising(sample, ways, allowed)
-        weighed = self._weighed(promising) if sample is not self.picture and patience.both else promising
-        several = self._pixels < _SMALL and patience.both
+        weighed = self._weighed(promising) if sample is not self.picture and patience.looks_closer else promising
+        several = self._pixels < _SMALL and patience.looks_closer
         wanted = max(patience.ways, _WAYS_OF_SMALL) if several else patience.ways
         least = math.inf
         """What the best so far takes, as its curve tells it for its level."""
@@ -473,7 +473,7 @@ class _Compaction:
         (result,) = best
         if problem := gate.objection(result.scores, self.wanted):
             return _refused(Reason.QUALITY, f"rebuilt, {problem}", self.split, self.best_score), result.level
-        if self._pixels < _TINY and patience.both:
+        if self._pixels < _TINY and patience.looks_closer:
             result = self._tuned(way, curve, result, patience.speed)
         return self._conclude(way, result, allowed), result.level
 

@@ -42,16 +42,17 @@ class Patience:
     """Points of headroom with which a passing level is taken, though a lower one might pass."""
     ways: int
     """How many of the most promising ways are carried out, so that the smallest result is taken."""
-    both: bool
-    """Whether a network is tried with its shrinker and without, or only with it: what a shrinker makes takes fewer
-    bytes for most pictures, not for all."""
+    looks_closer: bool
+    """Whether close decisions are looked into: a network is tried with its shrinker and without (what a shrinker makes
+    takes fewer bytes for most pictures, not for all), close scales are compared by the whole picture, and a small
+    picture gets a second way and other tunings of the encoder."""
 
 
 PATIENCE = {
-    "low": Patience(speed=8, passes=2, content=4.0, ways=1, both=False),
-    "normal": Patience(speed=6, passes=3, content=2.5, ways=1, both=True),
-    "high": Patience(speed=4, passes=4, content=1.5, ways=2, both=True),
-    "endless": Patience(speed=2, passes=6, content=0.8, ways=2, both=True),
+    "low": Patience(speed=8, passes=2, content=4.0, ways=1, looks_closer=False),
+    "normal": Patience(speed=6, passes=3, content=2.5, ways=1, looks_closer=True),
+    "high": Patience(speed=4, passes=4, content=1.5, ways=2, looks_closer=True),
+    "endless": Patience(speed=2, passes=6, content=0.8, ways=2, looks_closer=True),
 }
 
 
