@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 
+import imagecodecs
 import numpy as np
 import pytest
 from PIL import Image
@@ -151,6 +152,16 @@ def test_where_there_is_no_such_encoder(monkeypatch: pytest.MonkeyPatch) -> None
             assert hashlib.sha256(view).digest() == recipe.sha256_view
             sizes.append(len(outcome.avif))
     assert len(set(sizes)) > 1
+
+
+def test_where_imagecodecs_has_no_avif(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise imagecodecs.DelayedImportError("_avif")
+
+    monkeypatch.setattr(imagecodecs, "avif_decode", missing)
+    again = cells.decode(coded(ramp()), 230, 150, deep=True)
+    assert again.dtype == np.uint8
+    assert np.abs(again.astype(int) - libavif.as_bytes(ramp())).max() <= 4
 
 
 def test_a_libavif_of_another_version_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:

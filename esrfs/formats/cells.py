@@ -100,6 +100,8 @@ def _decode_one(avif: bytes, max_megapixels: float, *, deep: bool) -> Samples:
     plain.check_header(avif, max_megapixels)
     try:
         samples = libavif.decode(avif)
+    except ImportError:
+        return plain.decode(avif, max_megapixels)  # to 8 bits; the view won't be the very one
     except OSError as error:
         raise _damaged(str(error)) from error
     return samples if deep else libavif.as_bytes(samples)

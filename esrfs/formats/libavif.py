@@ -137,7 +137,7 @@ def encode(
 
 def decode(avif: bytes) -> Samples:
     """The picture of an AVIF of 10 bits: 16 bits, height × width × 3 or × 1. Whose pixels are more than may be, the
-    caller has found out. Raises OSError for a damaged one."""
+    caller has found out. Raises OSError for a damaged one, ImportError where imagecodecs was built without AVIF."""
     import imagecodecs  # noqa: PLC0415 (with numpy's FFT and more it takes a while, and readers of old blobs need none)
 
     try:
