@@ -81,6 +81,27 @@ def test_the_whole_picture_passes_in_few_trials(patience: str, off: float, wante
     assert min(trial.level for trial in passed) <= best + (1 if patience in ("high", "endless") else 5)
 
 
+def test_a_curve_with_a_bend_is_searched_between_what_fails_and_what_passes() -> None:
+    """A smooth picture whose worst tile decides: steep where it fails, flat where it passes. By the slope of the flat
+    part, trials end far from where it passes."""
+
+    def attempt(level: int) -> Trial:
+        bend = 35
+        headroom = 4.0 + (0.41 if level >= bend else 1.7) * (level - bend)
+        return Trial(level, headroom, round(1000 * 1.04**level))
+
+    curve = planner.explore(attempt, first=46, tries=4)
+    assert curve is not None
+    assert abs(curve.crossing - 32.6) < 3
+    for off in (-6, 0, 6):  # of the whole
+
+        def shifted(level: int, off: int = off) -> Trial:
+            return Trial(level, attempt(level - off).headroom, attempt(level).size)
+
+        trials = planner.confirm(shifted, curve, planner.PATIENCE["normal"])
+        assert min(trial.level for trial in trials if trial.headroom >= 0) <= 33 + off + 4
+
+
 def test_points_that_nobody_asked_for_count_half() -> None:
     """With 5 % more bytes for a level of 1.2 points, 1.5 % more bytes for a point more is less, 2.5 % is not."""
     curve = Curve((Trial(30, -0.6, 1000), Trial(31, 0.6, 1050)))

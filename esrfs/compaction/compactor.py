@@ -82,9 +82,12 @@ _TINY = 1_000_000
 """Pixels up to which the encoder is tried in other tunings, too. A recipe weighs 1 to 3 % of such a picture's blob."""
 _TUNINGS: tuple[Mapping[str, str], ...] = (
     {},
+    {"sharpness": "4"},
     {"sharpness": "5"},
     {"sharpness": "6"},
+    {"deltaq-strength": "75"},
     {"deltaq-strength": "125"},
+    {"quant-b-adapt": "1"},
     {"enable-palette": "0"},
 )
 """libaom's options beside those of ``tune=ssimulacra2`` (sharpness 7, strength 100), the usual first. Each of the

@@ -11,7 +11,7 @@ Nothing here knows images or networks: a trial is a function from a level of qua
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 LEVELS = 64
@@ -73,6 +73,18 @@ class Trial:
 Attempt = Callable[[int], Trial]
 
 
+def bracket(trials: Sequence[Trial]) -> tuple[Trial, Trial] | None:
+    """The highest that fails and the lowest that passes; None if all do the same, or the one lies above the other."""
+    below = max((trial for trial in trials if trial.headroom < 0), key=lambda trial: trial.level, default=None)
+    above = min((trial for trial in trials if trial.headroom >= 0), key=lambda trial: trial.level, default=None)
+    return (below, above) if below and above and below.level < above.level else None
+
+
+def _slope(first: Trial, second: Trial) -> float:
+    """Points per level between them."""
+    return min(max((first.headroom - second.headroom) / (first.level - second.level), 0.2), 5.0)
+
+
 @dataclass(frozen=True)
 class Curve:
     """Trials of one way on a mosaic, at least one, by level: how headroom and size grow with the level."""
@@ -90,8 +102,9 @@ class Curve:
         """Points per level where the headroom is 0."""
         if len(self.trials) < 2:
             return POINTS_PER_LEVEL
-        first, second = sorted(self.trials, key=lambda trial: abs(trial.headroom))[:2]
-        return min(max((first.headroom - second.headroom) / (first.level - second.level), 0.2), 5.0)
+        around = bracket(self.trials)
+        first, second = around or sorted(self.trials, key=lambda trial: abs(trial.headroom))[:2]
+        return _slope(first, second)
 
     @property
     def growth(self) -> float:
@@ -176,11 +189,13 @@ def confirm(attempt: Attempt, curve: Curve, patience: Patience, largest: float =
             above = level
         else:
             below = level
-        missing = -trial.headroom / curve.slope  # levels; negative: to spare
+        around = bracket(trials)
+        slope = _slope(*around) if around else curve.slope
+        missing = -trial.headroom / slope  # levels; negative: to spare
         if len(trials) == patience.passes or (passed and trial.headroom < patience.content):
             break
         if not passed and trial.size * GROWTH**missing > largest:
             break
-        step = math.ceil(missing + _MARGIN / curve.slope) if passed else max(1, math.ceil(missing + 0.2))
+        step = math.ceil(missing + _MARGIN / slope) if passed else max(1, math.ceil(missing + 0.2))
         level = min(max(level + step, below + 1), above - 1, HIGHEST)
     return trials
