@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
 from typing import Any
 
+import imagecodecs
 import numpy as np
 
 from esrfs.formats.view import Pixels, Samples
@@ -29,6 +30,7 @@ _PIXEL_FORMATS = {"4:4:4": 1, "4:2:0": 3, "4:0:0": 4}
 _DECODER_THREADS = 2
 _ROWS = 64
 """Converted at once, so that they stay in the processor's cache."""
+_OUT_OF_MEMORY = 26  # AVIF_RESULT_OUT_OF_MEMORY
 _AOM = 1  # AVIF_CODEC_CHOICE_AOM
 _ALL_PLANES = 1  # AVIF_PLANES_YUV
 _FULL_RANGE = 1
@@ -101,11 +103,29 @@ class _Encoder(ctypes.Structure):
     )
 
 
+@functools.cache
+def is_available(options: tuple[tuple[str, str], ...] = ()) -> bool:
+    """Whether this libavif codes 10 bits with these options of libaom: it is tried."""
+    gray = np.zeros((16, 16, 3), np.uint8)
+    try:
+        encode(gray, quality=50, speed=10, subsampling="4:4:4", threads=1, options=dict(options))
+    except OSError:
+        return False
+    return True
+
+
+def version() -> str:
+    """Of this libavif; empty if there is none."""
+    library = _library()
+    return library.avifVersion().decode() if library is not None else ""
+
+
 def encode(
     pixels: Samples, *, quality: int, speed: int, subsampling: str, threads: int, options: Mapping[str, str]
 ) -> bytes:
     """An AVIF of 10 bits a sample. ``pixels``: height × width × 3 (RGB) or × 1, bytes or 16 bits; ``quality``: 0 to
-    99; ``speed``: libaom's, 0 to 10; ``options``: libaom's. Colours come back rounded, not cut. Raises OSError."""
+    99; ``speed``: libaom's, 0 to 10; ``options``: libaom's. Colours come back rounded, not cut. Raises OSError,
+    MemoryError."""
     library = _library()
     if library is None:
         raise OSError("there is no libavif here that codes 10 bits")
@@ -135,11 +155,35 @@ def encode(
             library.avifImageDestroy(image)
 
 
+def _set_colour(library: Any, image: Any, pixels: Samples) -> None:
+    rgb = _Rgb()
+    library.avifRGBImageSetDefaults(ctypes.byref(rgb), image)
+    rgb.depth, rgb.format = pixels.itemsize * 8, _RGB
+    rgb.pixels, rgb.row_bytes = pixels.ctypes.data, pixels.strides[0]
+    _check(library, library.avifImageRGBToYUV(image, ctypes.byref(rgb)))
+
+
+def _set_gray(library: Any, image: Any, pixels: Samples) -> None:
+    _check(library, library.avifImageAllocatePlanes(image, _ALL_PLANES))
+    height, width = pixels.shape[:2]
+    stride = image.contents.row_bytes[0] // 2
+    raw = (c_uint16 * (stride * height)).from_address(image.contents.planes[0])
+    plane = np.frombuffer(raw, np.uint16).reshape(height, stride)
+    most = np.iinfo(pixels.dtype).max
+    for row in range(height):
+        plane[row, :width] = (pixels[row, :, 0].astype(np.uint32) * MOST + most // 2) // most
+
+
+def _check(library: Any, result: int) -> None:
+    if result == _OUT_OF_MEMORY:
+        raise MemoryError
+    if result:
+        raise OSError(f"libavif: {library.avifResultToString(result).decode()}")
+
+
 def decode(avif: bytes) -> Samples:
     """The picture of an AVIF of 10 bits: 16 bits, height × width × 3 or × 1. Whose pixels are more than may be, the
     caller has found out. Raises OSError for a damaged one, ImportError where imagecodecs was built without AVIF."""
-    import imagecodecs  # noqa: PLC0415 (with numpy's FFT and more it takes a while, and readers of old blobs need none)
-
     try:
         samples = imagecodecs.avif_decode(avif, numthreads=_DECODER_THREADS)
     except (RuntimeError, ValueError) as error:
@@ -167,54 +211,13 @@ def as_16_bits(samples: Samples) -> Samples:
     return samples.astype(np.uint16) * np.uint16(257) if samples.dtype == np.uint8 else samples
 
 
-def _set_colour(library: Any, image: Any, pixels: Samples) -> None:
-    rgb = _Rgb()
-    library.avifRGBImageSetDefaults(ctypes.byref(rgb), image)
-    rgb.depth, rgb.format = pixels.itemsize * 8, _RGB
-    rgb.pixels, rgb.row_bytes = pixels.ctypes.data, pixels.strides[0]
-    _check(library, library.avifImageRGBToYUV(image, ctypes.byref(rgb)))
-
-
-def _set_gray(library: Any, image: Any, pixels: Samples) -> None:
-    _check(library, library.avifImageAllocatePlanes(image, _ALL_PLANES))
-    height, width = pixels.shape[:2]
-    stride = image.contents.row_bytes[0] // 2
-    raw = (c_uint16 * (stride * height)).from_address(image.contents.planes[0])
-    plane = np.frombuffer(raw, np.uint16).reshape(height, stride)
-    most = np.iinfo(pixels.dtype).max
-    for row in range(height):
-        plane[row, :width] = (pixels[row, :, 0].astype(np.uint32) * MOST + most // 2) // most
-
-
-@functools.cache
-def is_available(options: tuple[tuple[str, str], ...] = ()) -> bool:
-    """Whether this libavif codes 10 bits with these options of libaom: it is tried."""
-    gray = np.zeros((16, 16, 3), np.uint8)
-    try:
-        encode(gray, quality=50, speed=10, subsampling="4:4:4", threads=1, options=dict(options))
-    except OSError:
-        return False
-    return True
-
-
-def _check(library: Any, result: int) -> None:
-    if result:
-        raise OSError(f"libavif: {library.avifResultToString(result).decode()}")
-
-
-def version() -> str:
-    """Of this libavif; empty if there is none."""
-    library = _library()
-    return library.avifVersion().decode() if library is not None else ""
-
-
 @functools.cache
 def _library() -> Any:
     """None where there is none of this major version."""
     try:
-        import imagecodecs._avif  # noqa: PLC0415 (a build of imagecodecs may lack it)
+        from imagecodecs import _avif  # noqa: PLC0415 (a build of imagecodecs may lack it)
 
-        library = ctypes.CDLL(imagecodecs._avif.__file__)
+        library = ctypes.CDLL(_avif.__file__)
         library.avifVersion.restype = c_char_p
         if not library.avifVersion().startswith(_MAJOR):
             return None
