@@ -138,5 +138,5 @@ def test_without_patience_it_is_not_left_out() -> None:
 
 
 def test_another_number_of_channels_is_refused() -> None:
-    with pytest.raises(ValueError, match="16 bytes"):
+    with pytest.raises(ValueError, match="N×H×W×16 samples"):
         shrinker()(np.zeros((1, 8, 8, 3), np.uint8))
