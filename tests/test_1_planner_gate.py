@@ -102,6 +102,20 @@ def test_a_curve_with_a_bend_is_searched_between_what_fails_and_what_passes() ->
         assert min(trial.level for trial in trials if trial.headroom >= 0) <= 33 + off + 4
 
 
+def test_the_last_trial_of_the_whole_is_not_spent_on_the_very_edge() -> None:
+    """A mosaic whose two trials lie side by side tells a slope that is too flat; the second trial of the whole then lies
+    far below, and between both the score bends. (As 30-type_error of exif-samples at `high`.)"""
+
+    def attempt(level: int) -> Trial:
+        slope = 1.12 if level >= 46 else 0.62
+        return Trial(level, -0.7 + slope * (level - 46), round(1000 * 1.08**level))
+
+    curve = Curve((Trial(46, -0.61, 12011), Trial(47, -0.26, 12856)))
+    trials = planner.confirm(attempt, curve, planner.PATIENCE["normal"])
+    assert len(trials) == 3
+    assert min(trial.level for trial in trials if trial.headroom >= 0) <= 48
+
+
 def test_points_that_nobody_asked_for_count_half() -> None:
     """With 5 % more bytes for a level of 1.2 points, 1.5 % more bytes for a point more is less, 2.5 % is not."""
     curve = Curve((Trial(30, -0.6, 1000), Trial(31, 0.6, 1050)))

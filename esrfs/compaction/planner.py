@@ -25,6 +25,9 @@ GROWTH = 1.05
 _MARGIN = 0.5
 """Points that the first trial of the whole picture aims at: a mosaic's curve is that much off, mostly, and a second
 trial takes as long as the first."""
+_LEAN = 0.2
+"""How much of what still lies between what fails and what passes the last trial of the whole stays away from failing:
+if it fails, nothing of that is saved."""
 _NEAR_POINTS, _NEAR_LEVELS = 1.0, 4
 """A curve is known well enough when a trial came so near to its crossing, or two, one on each side, lie so close."""
 
@@ -197,5 +200,7 @@ def confirm(attempt: Attempt, curve: Curve, patience: Patience, largest: float =
         if not passed and trial.size * GROWTH**missing > largest:
             break
         step = math.ceil(missing + _MARGIN / slope) if passed else max(1, math.ceil(missing + 0.2))
+        if around and len(trials) == patience.passes - 1:
+            step += math.floor(_LEAN * (above - below))
         level = min(max(level + step, below + 1), above - 1, HIGHEST)
     return trials
