@@ -103,7 +103,7 @@ def test_a_curve_with_a_bend_is_searched_between_what_fails_and_what_passes() ->
 
 
 def test_the_last_trial_of_the_whole_is_not_spent_on_the_very_edge() -> None:
-    """A mosaic whose two trials lie side by side tells a slope that is too flat; the second trial of the whole then lies
+    """A mosaic whose two trials lie side by side tells too flat a slope; the second trial of the whole then lies
     far below, and between both the score bends. (As 30-type_error of exif-samples at `high`.)"""
 
     def attempt(level: int) -> Trial:

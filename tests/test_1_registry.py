@@ -68,7 +68,7 @@ def test_the_manifest_names_the_official_weights() -> None:
 def test_unknown_and_not_yet_pulled_networks_say_what_to_do() -> None:
     with pytest.raises(WeightsError, match="esrfs weights pull realesr-general-x4v3"):
         registry.find("realesr-general-x4v3")
-    with pytest.raises(WeightsError, match="no network called 'lite-x9'; esrfs has .*lite-x2,"):
+    with pytest.raises(WeightsError, match=r"no network called 'lite-x9'; esrfs has .*lite-x2,"):
         registry.find("lite-x9")
     with pytest.raises(WeightsError, match="no network"):
         registry.find("../weights/lite-x2")
