@@ -20,7 +20,7 @@ from benchmarks import texture
 from esrfs import formats
 from esrfs.blob.recipe import JpegCoding
 from esrfs.compaction.encoder import encode_avif
-from esrfs.formats import jpeg
+from esrfs.formats import jpeg, libavif
 from esrfs.metrics.ssimulacra2 import Reference
 from esrfs.networks import loading, registry
 
@@ -39,8 +39,7 @@ def _encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def _rebuilt(avif: bytes) -> formats.Pixels:
-    with Image.open(io.BytesIO(avif)) as image:
-        return np.asarray(image.convert("RGB"))
+    return libavif.as_bytes(libavif.decode(avif))
 
 
 def _palettes(source: Image.Image) -> None:

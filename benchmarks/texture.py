@@ -26,13 +26,14 @@ from benchmarks.machine import describe
 from esrfs.compaction import shrinking
 from esrfs.evaluate import crops
 from esrfs.evaluate.niqe import niqe
+from esrfs.formats import libavif
 from esrfs.metrics.fidelity import y_psnr
 from esrfs.metrics.ssimulacra2 import Reference
 from esrfs.networks import loading, registry
 from esrfs.networks.interpolation import interpolate
 from esrfs.networks.loading import Network
 from esrfs.train.photographs import read_rgb
-from esrfs.train.store_degradation import Pixels, code, decode
+from esrfs.train.store_degradation import Pixels, Samples, code, decode
 
 TEXTURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _SHOWN = (0.0, 0.5, 1.0)
@@ -84,9 +85,9 @@ def between(fidelity: bytes, adversarial: bytes) -> dict[float, Network]:
     return {texture: loading.load(interpolate(fidelity, adversarial, texture, "between")) for texture in TEXTURES}
 
 
-def versions_of(full: Pixels, networks: dict[float, Network], small: Pixels) -> dict[str, Pixels]:
+def versions_of(full: Pixels, networks: dict[float, Network], small: Samples) -> dict[str, Pixels]:
     """What is made of ``small``, by the sheet's labels."""
-    bicubic = np.asarray(Image.fromarray(small).resize(full.shape[1::-1], Image.Resampling.BICUBIC))
+    bicubic = np.asarray(Image.fromarray(libavif.as_bytes(small)).resize(full.shape[1::-1], Image.Resampling.BICUBIC))
     return {"bicubic": bicubic} | {label(texture): network(small[None])[0] for texture, network in networks.items()}
 
 
@@ -170,7 +171,7 @@ def _niqe(pixels: Pixels) -> float:
     return float("nan") if found is None else found
 
 
-def coded(full: Pixels, shrinker: Network, level: int, scale: int) -> Pixels:
+def coded(full: Pixels, shrinker: Network, level: int, scale: int) -> Samples:
     """The small picture as a store's blob gives it back."""
     packed = shrinking.pack(full, shrinking.reduced(full, scale), scale, shrinking.alike(level))
     return decode(code(shrinker(packed[None])[0], level))
