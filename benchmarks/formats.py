@@ -23,6 +23,7 @@ from esrfs.compaction.encoder import encode_avif
 from esrfs.formats import jpeg, libavif
 from esrfs.metrics.ssimulacra2 import Reference
 from esrfs.networks import loading, registry
+from esrfs.train import store_degradation
 
 _NUMBERS = (5, 13, 23)
 _PART = (0, 0, 512, 384)
@@ -39,7 +40,7 @@ def _encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def _rebuilt(avif: bytes) -> formats.Pixels:
-    return libavif.as_bytes(libavif.decode(avif))
+    return libavif.as_bytes(store_degradation.decode(avif))
 
 
 def _palettes(source: Image.Image) -> None:
