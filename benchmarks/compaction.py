@@ -126,7 +126,7 @@ def _plain(pixels: Pixels, score: float, speed: int) -> float:
     reference, image = Reference(pixels, threads=2), _image(pixels)
 
     def attempt(level: int) -> tuple[float, int]:
-        avif = encoder.encode_avif(image, planner.quality(level), "4:4:4", speed)
+        avif = encoder.encode_8_bits(image, planner.quality(level), "4:4:4", speed)
         decoded = formats.decode(avif, 300)
         return reference.compare(np.ascontiguousarray(decoded[:, :, : pixels.shape[2]])).score, len(avif)
 

@@ -20,7 +20,8 @@ from benchmarks import texture
 from esrfs import formats
 from esrfs.blob.recipe import JpegCoding
 from esrfs.compaction.encoder import encode_avif
-from esrfs.formats import jpeg, libavif
+from esrfs.formats import jpeg
+from esrfs.formats.samples import as_bytes
 from esrfs.metrics.ssimulacra2 import Reference
 from esrfs.networks import loading, registry
 from esrfs.train import store_degradation
@@ -40,7 +41,7 @@ def _encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def _rebuilt(avif: bytes) -> formats.Pixels:
-    return libavif.as_bytes(store_degradation.decode(avif))
+    return as_bytes(store_degradation.decode(avif))
 
 
 def _palettes(source: Image.Image) -> None:

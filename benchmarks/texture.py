@@ -26,14 +26,15 @@ from benchmarks.machine import describe
 from esrfs.compaction import shrinking
 from esrfs.evaluate import crops
 from esrfs.evaluate.niqe import niqe
-from esrfs.formats import libavif
+from esrfs.formats.samples import as_bytes
+from esrfs.formats.view import Pixels, Samples
 from esrfs.metrics.fidelity import y_psnr
 from esrfs.metrics.ssimulacra2 import Reference
 from esrfs.networks import loading, registry
 from esrfs.networks.interpolation import interpolate
 from esrfs.networks.loading import Network
 from esrfs.train.photographs import read_rgb
-from esrfs.train.store_degradation import Pixels, Samples, code, decode
+from esrfs.train.store_degradation import code, decode
 
 TEXTURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _SHOWN = (0.0, 0.5, 1.0)
@@ -87,7 +88,7 @@ def between(fidelity: bytes, adversarial: bytes) -> dict[float, Network]:
 
 def versions_of(full: Pixels, networks: dict[float, Network], small: Samples) -> dict[str, Pixels]:
     """What is made of ``small``, by the sheet's labels."""
-    bicubic = np.asarray(Image.fromarray(libavif.as_bytes(small)).resize(full.shape[1::-1], Image.Resampling.BICUBIC))
+    bicubic = np.asarray(Image.fromarray(as_bytes(small)).resize(full.shape[1::-1], Image.Resampling.BICUBIC))
     return {"bicubic": bicubic} | {label(texture): network(small[None])[0] for texture, network in networks.items()}
 
 

@@ -18,7 +18,8 @@ from PIL import Image
 from esrfs import formats
 from esrfs.blob import recipe as recipe_format
 from esrfs.blob.recipe import JpegXlCoding, Recipe, Verbatim
-from esrfs.formats import cells, jpegxl, kinds, libavif
+from esrfs.formats import cells, jpegxl, kinds
+from esrfs.formats.samples import as_bytes
 from esrfs.formats.view import Pixels, Samples
 
 Infer = Callable[[bytes, Samples], Pixels]
@@ -107,7 +108,7 @@ def decode_small(plan: Plan, avif: bytes) -> Samples:
     except formats.Unsupported as error:
         raise ReconstructionError(f"the blob's picture can't be decoded: {error.message}") from error
     if pixels.shape == (height, width, 3) and plan.gray:  # An older Pillow decodes gray to RGB.
-        pixels = _gray(libavif.as_bytes(pixels))
+        pixels = _gray(as_bytes(pixels))
     expected = (height, width, 1 if plan.gray else 3)
     if pixels.shape != expected:
         raise ReconstructionError(f"the blob's picture is of {pixels.shape}, and the recipe says {expected}")
@@ -128,7 +129,7 @@ def enlarge(plan: Plan, small: Samples, infer: Infer) -> Pixels:
         if plan.gray:
             large = _gray(large)
     elif plan.scale == 1:
-        large = libavif.as_bytes(small)
+        large = as_bytes(small)
     else:
         raise ReconstructionError(f"the recipe names no network for scale {plan.scale}")
     return large[: plan.height, : plan.width]
@@ -162,5 +163,5 @@ def _block_means(pixels: Samples, block: int) -> Iterator[npt.NDArray[np.float64
     one."""
     height, width = (max(side // block * block, min(side, block)) for side in pixels.shape[:2])
     for top in range(0, height, block):
-        rows = libavif.as_bytes(np.ascontiguousarray(pixels[top : min(top + block, height), :width]))
+        rows = as_bytes(np.ascontiguousarray(pixels[top : min(top + block, height), :width]))
         yield np.asarray(Image.fromarray(rows).reduce(block), dtype=np.float64)

@@ -40,7 +40,7 @@ from esrfs.compaction.planner import Curve, Trial
 from esrfs.engine import tiles
 from esrfs.engine.lanes import Crossing
 from esrfs.engine.protocol import Lane
-from esrfs.formats import libavif
+from esrfs.formats.samples import as_bytes
 from esrfs.metrics.ssimulacra2 import Reference
 from tests.test_1_png import interlaced
 
@@ -56,7 +56,7 @@ class _Doubling:
     multiple = 1
 
     def __call__(self, given: Pixels) -> Pixels:
-        return libavif.as_bytes(given).repeat(2, axis=1).repeat(2, axis=2)
+        return as_bytes(given).repeat(2, axis=1).repeat(2, axis=2)
 
 
 def _picture(width: int, height: int) -> Image.Image:

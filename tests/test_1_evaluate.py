@@ -31,7 +31,7 @@ from esrfs.evaluate import (
 )
 from esrfs.evaluate.curves import Comparison
 from esrfs.evaluate.results import Kept, Result, Way
-from esrfs.formats.libavif import as_bytes
+from esrfs.formats.samples import as_bytes
 from esrfs.networks import loading
 from tests.conftest import photograph
 

@@ -17,7 +17,7 @@ from esrfs.blob import recipe as recipe_format
 from esrfs.compaction import compactor, encoder
 from esrfs.compaction.compactor import Policy
 from esrfs.compaction.outcome import Verdict
-from esrfs.formats import cells, libavif
+from esrfs.formats import cells, libavif, samples
 from esrfs.formats.view import Samples, Unsupported
 from esrfs.networks import loading, registry
 from tests.witness import photo
@@ -45,10 +45,10 @@ def _with_an_encoder() -> None:
 @pytest.mark.parametrize("bits", [8, 16])
 def test_colours_come_back(subsampling: str, bits: int) -> None:
     """Neither cut off nor rounded to bytes: a shade of 255 is 257 of 65,535."""
-    pixels = ramp() if bits == 16 else libavif.as_bytes(ramp())
+    pixels = ramp() if bits == 16 else samples.as_bytes(ramp())
     again = libavif.decode(coded(pixels, subsampling=subsampling))
     assert (again.dtype, again.shape) == (np.uint16, pixels.shape)
-    off = again.astype(float) - libavif.as_16_bits(pixels)
+    off = again.astype(float) - samples.as_16_bits(pixels)
     assert np.abs(off.mean((0, 1))).max() < 0.4 * 257
     if bits == 16:
         assert np.abs(off).mean() < 0.3 * 257
@@ -56,11 +56,11 @@ def test_colours_come_back(subsampling: str, bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_gray_comes_back(bits: int) -> None:
-    pixels = (ramp() if bits == 16 else libavif.as_bytes(ramp()))[:, :, :1]
+    pixels = (ramp() if bits == 16 else samples.as_bytes(ramp()))[:, :, :1]
     avif = coded(pixels)
     again = libavif.decode(avif)
     assert again.shape == pixels.shape
-    assert np.abs(again.astype(float) - libavif.as_16_bits(pixels)).max() < 2 * 257
+    assert np.abs(again.astype(float) - samples.as_16_bits(pixels)).max() < 2 * 257
     with Image.open(io.BytesIO(avif)) as image:
         assert (image.size, image.mode) == ((230, 150), "L")
 
@@ -70,14 +70,14 @@ def test_other_readers_show_it() -> None:
     assert grid.is_deep(avif)
     with Image.open(io.BytesIO(avif)) as image:
         shown = np.asarray(image).astype(int)
-    assert np.abs(shown - libavif.as_bytes(libavif.decode(avif))).max() <= 3
+    assert np.abs(shown - samples.as_bytes(libavif.decode(avif))).max() <= 3
 
 
 def test_bytes_and_16_bits() -> None:
     every = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
-    assert np.array_equal(libavif.as_bytes(libavif.as_16_bits(every)), every)
+    assert np.array_equal(samples.as_bytes(samples.as_16_bits(every)), every)
     between = np.arange(65536, dtype=np.uint16).reshape(256, 256, 1)
-    assert np.array_equal(libavif.as_bytes(between), np.rint(between / 257))
+    assert np.array_equal(samples.as_bytes(between), np.rint(between / 257))
 
 
 def test_white_and_black_stay() -> None:
@@ -96,7 +96,7 @@ def test_options_that_there_are_not() -> None:
     assert not libavif.is_available((("tune", "nonsense"),))
     with pytest.raises(OSError, match="libavif"):
         libavif.encode(ramp(), quality=50, speed=8, subsampling="4:4:4", threads=2, options={"no-such-option": "1"})
-    image = Image.fromarray(libavif.as_bytes(ramp()))
+    image = Image.fromarray(samples.as_bytes(ramp()))
     assert encoder.encode_avif(image, 50, tuning={"no-such-option": "1"}) == encoder.encode_avif(image, 50)
 
 
@@ -111,7 +111,7 @@ def test_damaged_ones_are_refused() -> None:
         with pytest.raises(Unsupported):
             cells.decode(avif[:length], 64, 64)
     place = avif.index(b"av1C")
-    lying = bytearray(encoder.encode_8_bits(Image.fromarray(libavif.as_bytes(ramp(64, 64))), 50))
+    lying = bytearray(encoder.encode_8_bits(Image.fromarray(samples.as_bytes(ramp(64, 64))), 50))
     lying[lying.index(b"av1C") + 6] |= 0x40  # it says that it has more than 8 bits
     with pytest.raises(Unsupported):
         cells.decode(bytes(lying), 64, 64)
@@ -161,7 +161,7 @@ def test_where_imagecodecs_has_no_avif(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imagecodecs, "avif_decode", missing)
     again = cells.decode(coded(ramp()), 230, 150, deep=True)
     assert again.dtype == np.uint8
-    assert np.abs(again.astype(int) - libavif.as_bytes(ramp())).max() <= 4
+    assert np.abs(again.astype(int) - samples.as_bytes(ramp())).max() <= 4
 
 
 def test_a_libavif_of_another_version_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:

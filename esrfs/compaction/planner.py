@@ -76,7 +76,7 @@ class Trial:
 Attempt = Callable[[int], Trial]
 
 
-def bracket(trials: Sequence[Trial]) -> tuple[Trial, Trial] | None:
+def _bracket(trials: Sequence[Trial]) -> tuple[Trial, Trial] | None:
     """The highest that fails and the lowest that passes; None if all do the same, or the one lies above the other."""
     below = max((trial for trial in trials if trial.headroom < 0), key=lambda trial: trial.level, default=None)
     above = min((trial for trial in trials if trial.headroom >= 0), key=lambda trial: trial.level, default=None)
@@ -105,7 +105,7 @@ class Curve:
         """Points per level where the headroom is 0."""
         if len(self.trials) < 2:
             return POINTS_PER_LEVEL
-        around = bracket(self.trials)
+        around = _bracket(self.trials)
         first, second = around or sorted(self.trials, key=lambda trial: abs(trial.headroom))[:2]
         return _slope(first, second)
 
@@ -192,7 +192,7 @@ def confirm(attempt: Attempt, curve: Curve, patience: Patience, largest: float =
             above = level
         else:
             below = level
-        around = bracket(trials)
+        around = _bracket(trials)
         slope = _slope(*around) if around else curve.slope
         missing = -trial.headroom / slope  # levels; negative: to spare
         if len(trials) == patience.passes or (passed and trial.headroom < patience.content):

@@ -25,7 +25,6 @@ class CodecMissingError(Exception):
 @dataclass(frozen=True)
 class Codec:
     name: str
-    label: str
     settings: str
     """What else the bytes depend on; part of a result's key."""
     qualities: tuple[int, ...]
@@ -41,6 +40,7 @@ class Codec:
 NAMES = ("jpeg", "webp", "avif", "avif10", "jxl")
 LABELS = {"jpeg": "JPEG", "webp": "WebP", "avif": "AVIF", "avif10": "AVIF of 10 bits", "jxl": "JPEG XL"}
 _BEST_OF_AOM = (("tune", "ssimulacra2"),)
+_AVIF_QUALITIES = (25, 32, 40, 48, 56, 65, 75, 85, 92), (38, 50, 62, 72, 82, 90, 96)
 _JXL_EFFORT = 7
 _AVIF_SPEED = 6
 _WEBP_METHOD = 5
@@ -54,7 +54,6 @@ def load(name: str) -> Codec:
             settings = f"libjpeg {version}, 4:2:0, progressive, optimised"
             return Codec(
                 name,
-                LABELS[name],
                 settings,
                 (20, 30, 40, 50, 60, 72, 84, 91, 95),
                 (40, 60, 75, 85, 91, 95, 98),
@@ -66,7 +65,6 @@ def load(name: str) -> Codec:
             settings = f"libwebp {features.version('webp')}, method {_WEBP_METHOD}"
             return Codec(
                 name,
-                LABELS[name],
                 settings,
                 (12, 22, 35, 50, 62, 75, 85, 92, 97),
                 (35, 55, 72, 82, 90, 95, 99),
@@ -79,10 +77,8 @@ def load(name: str) -> Codec:
             settings = f"libavif {features.version('avif')}, aom, speed {_AVIF_SPEED}, 4:4:4, {tuning}"
             return Codec(
                 name,
-                LABELS[name],
                 settings,
-                (25, 32, 40, 48, 56, 65, 75, 85, 92),
-                (38, 50, 62, 72, 82, 90, 96),
+                *_AVIF_QUALITIES,
                 _encode_avif,
                 _decode,
             )
@@ -93,10 +89,8 @@ def load(name: str) -> Codec:
             settings = f"libavif {libavif.version()}, aom, speed {_AVIF_SPEED}, 4:4:4, {'='.join(*_BEST_OF_AOM)}"
             return Codec(
                 name,
-                LABELS[name],
                 settings,
-                (25, 32, 40, 48, 56, 65, 75, 85, 92),
-                (38, 50, 62, 72, 82, 90, 96),
+                *_AVIF_QUALITIES,
                 _encode_avif10,
                 libavif.decode,
             )
@@ -107,7 +101,6 @@ def load(name: str) -> Codec:
             settings = f"{imagecodecs.jpegxl_version()}, effort {_JXL_EFFORT}"
             return Codec(
                 name,
-                LABELS[name],
                 settings,
                 (25, 38, 48, 57, 65, 75, 83, 90, 95),
                 (40, 55, 68, 78, 87, 93, 97),
@@ -149,10 +142,10 @@ def _encode_avif(pixels: Pixels, quality: int) -> bytes:
 def _avif_tuning() -> str:
     """The best that this libaom knows; empty for its default."""
     try:
-        _saved(np.zeros((16, 16, 3), np.uint8), "AVIF", codec="aom", max_threads=1, advanced={"tune": "ssimulacra2"})
+        _saved(np.zeros((16, 16, 3), np.uint8), "AVIF", codec="aom", max_threads=1, advanced=dict(_BEST_OF_AOM))
     except (OSError, ValueError):
         return ""
-    return "tune=ssimulacra2"
+    return "=".join(*_BEST_OF_AOM)
 
 
 def _encode_avif10(pixels: Pixels, quality: int) -> bytes:

@@ -30,7 +30,7 @@ from esrfs.engine import tiles
 from esrfs.evaluate import codecs
 from esrfs.evaluate.measures import Original
 from esrfs.evaluate.results import Result, Way
-from esrfs.formats.libavif import as_bytes
+from esrfs.formats.samples import as_bytes
 from esrfs.formats.view import Pixels, Samples
 from esrfs.networks import loading, registry
 
@@ -156,7 +156,9 @@ def _encode(trial: Trial) -> list[Result]:
         )
         small, decode_seconds = _timed(functools.partial(codec.decode, encoded))
     except (OSError, ValueError, RuntimeError) as error:  # too wide for it, mostly
-        raise CodecFailedError(f"{trial.picture.name} can't be stored as {codec.label}: {error}") from error
+        raise CodecFailedError(
+            f"{trial.picture.name} can't be stored as {codecs.LABELS[codec.name]}: {error}"
+        ) from error
     results = []
     for grow, made_by in trial.grows:
         if grow and grow not in GROWS:

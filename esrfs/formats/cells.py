@@ -12,6 +12,7 @@ from esrfs.blob import grid
 from esrfs.compaction.outcome import Reason
 from esrfs.formats import libavif
 from esrfs.formats import pixels as plain
+from esrfs.formats.samples import as_bytes
 from esrfs.formats.view import Pixels, Samples, Unsupported
 
 WHOLE_MEGAPIXELS = 16.0
@@ -104,7 +105,7 @@ def _decode_one(avif: bytes, max_megapixels: float, *, deep: bool) -> Samples:
         return plain.decode(avif, max_megapixels)  # to 8 bits; the view won't be the very one
     except OSError as error:
         raise _damaged(str(error)) from error
-    return samples if deep else libavif.as_bytes(samples)
+    return samples if deep else as_bytes(samples)
 
 
 def _covers(cell: int, count: int, whole: int) -> bool:

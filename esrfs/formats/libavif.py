@@ -21,7 +21,7 @@ from typing import Any
 import imagecodecs
 import numpy as np
 
-from esrfs.formats.view import Pixels, Samples
+from esrfs.formats.view import Samples
 
 BITS = 10
 MOST = 2**BITS - 1
@@ -195,20 +195,6 @@ def decode(avif: bytes) -> Samples:
         rows = samples[top : top + _ROWS]
         rows[:] = rows << (16 - BITS) | rows >> (2 * BITS - 16)  # 1,023 becomes 65,535
     return samples
-
-
-def as_bytes(samples: Samples) -> Pixels:
-    """8 bits, rounded."""
-    if samples.dtype == np.uint8:
-        return samples
-    result = np.empty(samples.shape, np.uint8)
-    for top in range(0, len(samples), _ROWS):
-        result[top : top + _ROWS] = (samples[top : top + _ROWS].astype(np.uint32) * 255 + 32767) // 65535
-    return result
-
-
-def as_16_bits(samples: Samples) -> Samples:
-    return samples.astype(np.uint16) * np.uint16(257) if samples.dtype == np.uint8 else samples
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from esrfs.cli import show
 from esrfs.compaction import planner, refine, shrinking
 from esrfs.compaction.encoder import encode_8_bits
 from esrfs.evaluate import requirements
-from esrfs.formats.libavif import as_bytes
+from esrfs.formats.samples import as_bytes
 from esrfs.formats.view import Pixels, Samples
 from esrfs.metrics.fidelity import y_psnr
 from esrfs.metrics.ssimulacra2 import Reference

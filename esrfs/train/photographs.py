@@ -16,7 +16,7 @@ from PIL import Image
 
 from esrfs.compaction import refine
 from esrfs.engine import room
-from esrfs.formats import libavif
+from esrfs.formats import samples
 from esrfs.formats.pixels import DECODE_ERRORS
 from esrfs.formats.view import Pixels, Samples
 from esrfs.networks import loading
@@ -147,7 +147,7 @@ def load(
             # By the picture's content: the versions of one don't depend on which others are there.
             levels = store_degradation.draw_levels(content, scale, training.degradation, seed=training.seed)
             small = store_degradation.versions(full, scale, levels, cache, shrinker)
-            noise = tuple(refine.codec_noise(libavif.as_bytes(small[0]), coded) for coded in small[1:])
+            noise = tuple(refine.codec_noise(samples.as_bytes(small[0]), coded) for coded in small[1:])
         progress()
         return Photograph(content, full, small, levels, noise)
 
@@ -206,7 +206,7 @@ def draw_batch(photographs: Sequence[Photograph], training: Training, stage: Sta
             degraded: Samples = real_esrgan.degrade(full[index], scale, training.degradation.second_order, rng)
         else:
             degraded = drawn.of(drawn.photograph.small[drawn.version])
-        small[index] = libavif.as_16_bits(degraded)
+        small[index] = samples.as_16_bits(degraded)
     return Batch(small, full)
 
 

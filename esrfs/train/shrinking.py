@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (torch's own convention)
 
 from esrfs.compaction import refine, shrinking
-from esrfs.formats import libavif
+from esrfs.formats import samples
 from esrfs.metrics.differentiable import ssimulacra2
 from esrfs.train.photographs import Batch, Photograph, draw_patch
 from esrfs.train.settings import Stage, Training
@@ -49,10 +49,10 @@ def draw_batch(photographs: Sequence[Photograph], training: Training, stage: Sta
         drawn = draw_patch(photographs, training, stage, rng, first=1, grid=_BLOCK)
         photograph, coded = drawn.photograph, drawn.version - 1
         full = drawn.of(photograph.full, training.scale)
-        small = libavif.as_bytes(drawn.of(photograph.small[0]))
+        small = samples.as_bytes(drawn.of(photograph.small[0]))
         smalls.append(shrinking.pack(full, small, training.scale, photograph.levels[coded]))
         fulls.append(full)
-        coded_small = libavif.as_16_bits(drawn.of(photograph.small[drawn.version]))
+        coded_small = samples.as_16_bits(drawn.of(photograph.small[drawn.version]))
         errors.append(coded_small.astype(np.float32) / np.float32(257) - small)
         sigmas.append(max(photograph.noise[coded], _FAINTEST))
     return Batch(np.stack(smalls), np.stack(fulls), np.stack(errors), np.array(sigmas, np.float32))

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from esrfs.compaction import planner, shrinking
-from esrfs.formats.libavif import as_bytes
+from esrfs.formats.samples import as_bytes
 from esrfs.formats.view import Pixels, Samples
 from esrfs.metrics.fidelity import y_psnr
 from esrfs.metrics.ssimulacra2 import Reference
