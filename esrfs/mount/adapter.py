@@ -148,18 +148,29 @@ def _fill(target: Any, st: os.stat_result, size: int) -> None:
 
 
 class Adapter(mfusepy.FUSE):  # type: ignore[misc]
-    """Serves ``filesystem`` until the mount ends: the constructor returns then, as mfusepy's does."""
+    """Serves ``filesystem`` until the mount ends: the constructor returns then, as mfusepy's does.
+
+    Raises RuntimeError, with libfuse's status, where nothing could be mounted.
+    """
 
     def __init__(
         self, filesystem: Filesystem, mountpoint: str, options: dict[str, str | bool], on_init: Callable[[], None]
     ) -> None:
         self._fs = filesystem
         self._on_init = on_init
+        self._began = False
         self._hidden: dict[bytes, Hidden] = {}
         filesystem.waits.caller_was_killed = _caller_was_killed
-        super().__init__(
-            SimpleNamespace(use_ns=True, **dict.fromkeys(_CALLBACKS, True)), mountpoint, foreground=True, **options
-        )
+        try:
+            super().__init__(
+                SimpleNamespace(use_ns=True, **dict.fromkeys(_CALLBACKS, True)), mountpoint, foreground=True, **options
+            )
+        except RuntimeError as status:
+            # A mount that ends with its last open file: where a thread is just then taking the release of that file,
+            # the kernel answers ECONNABORTED instead of ENODEV, and libfuse takes it for an error.
+            if not self._began:
+                raise
+            log.info("%s: libfuse ended with status %s", mountpoint, status)
 
     def _wrapper(self, method: Callable[..., int | None], *arguments: Any) -> int:
         try:
@@ -195,6 +206,7 @@ class Adapter(mfusepy.FUSE):  # type: ignore[misc]
         settings.attr_timeout = ATTRIBUTE_SECONDS
         settings.entry_timeout = ATTRIBUTE_SECONDS
         settings.negative_timeout = 0.0
+        self._began = True
         self._on_init()
 
     # What was deleted while it was open. libfuse calls it .fuse_hidden… then, in its own mind and in what it asks for.
