@@ -16,6 +16,7 @@ from esrfs.blob import grid
 from esrfs.blob import recipe as recipe_format
 from esrfs.compaction import compactor, encoder
 from esrfs.compaction.compactor import Policy
+from esrfs.compaction.encoder import Tuning
 from esrfs.compaction.outcome import Verdict
 from esrfs.formats import cells, libavif, samples
 from esrfs.formats.view import Samples, Unsupported
@@ -97,12 +98,20 @@ def test_options_that_there_are_not() -> None:
     with pytest.raises(OSError, match="libavif"):
         libavif.encode(ramp(), quality=50, speed=8, subsampling="4:4:4", threads=2, options={"no-such-option": "1"})
     image = Image.fromarray(samples.as_bytes(ramp()))
-    assert encoder.encode_avif(image, 50, tuning={"no-such-option": "1"}) == encoder.encode_avif(image, 50)
+    assert encoder.encode_avif(image, 50, tuning=Tuning({"no-such-option": "1"})) == encoder.encode_avif(image, 50)
 
 
 def test_every_tuning_of_the_planner_is_known() -> None:
     for tuning in compactor._TUNINGS:
-        assert libavif.is_available(tuple({**OPTIONS, **tuning}.items())), tuning
+        assert libavif.is_available(tuple({**OPTIONS, **tuning.options}.items())), tuning
+
+
+def test_a_tuning_of_8_bits() -> None:
+    image = Image.fromarray(samples.as_bytes(ramp()))
+    eight = encoder.encode_avif(image, 50, tuning=Tuning(bits=8))
+    assert eight == encoder.encode_8_bits(image, 50)
+    assert imagecodecs.avif_decode(eight).dtype == np.uint8
+    assert imagecodecs.avif_decode(encoder.encode_avif(image, 50)).dtype == np.uint16
 
 
 def test_damaged_ones_are_refused() -> None:

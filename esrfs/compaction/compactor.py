@@ -28,7 +28,7 @@ from esrfs.blob.recipe import Coding, Recipe, Scores
 from esrfs.blob.reference import reference
 from esrfs.compaction import gate, lossless, mosaic, planner, shrinking
 from esrfs.compaction import outcome as outcome_format
-from esrfs.compaction.encoder import encode_avif
+from esrfs.compaction.encoder import Tuning, encode_avif
 from esrfs.compaction.outcome import LOSSLESS, Outcome, Policy, Reason, Verdict
 from esrfs.compaction.planner import Curve, Patience, Trial
 from esrfs.compaction.refine import Refined, codec_noise
@@ -80,19 +80,19 @@ _CLOSE = 1.1
 half as long as the rest: it is for close decisions.)"""
 _TINY = 1_000_000
 """Pixels up to which the encoder is tried in other tunings, too. A recipe weighs 1 to 3 % of such a picture's blob."""
-_TUNINGS: tuple[Mapping[str, str], ...] = (
-    {},
-    {"sharpness": "4"},
-    {"sharpness": "5"},
-    {"sharpness": "6"},
-    {"deltaq-strength": "75"},
-    {"deltaq-strength": "125"},
-    {"quant-b-adapt": "1"},
-    {"enable-palette": "0"},
+_TUNINGS = (
+    Tuning(),
+    Tuning({"sharpness": "4"}),
+    Tuning({"sharpness": "5"}),
+    Tuning({"sharpness": "6"}),
+    Tuning({"deltaq-strength": "75"}),
+    Tuning({"deltaq-strength": "125"}),
+    Tuning({"quant-b-adapt": "1"}),
+    Tuning({"enable-palette": "0"}),
+    Tuning(bits=8),
 )
-"""libaom's options beside those of ``tune=ssimulacra2`` (sharpness 7, strength 100), the usual first. Each of the
-others takes up to 1 or 2 % fewer bytes at the same score for about as many pictures as it takes more (palettes: 5 % of
-few)."""
+"""The usual first: ``tune=ssimulacra2`` alone means sharpness 7, strength 100. Each of the others takes up to 1 or 2 %
+fewer bytes at the same score for about as many pictures as it takes more (palettes: 5 % of few)."""
 _REFINED_MORE, _REFINED_SIZE = 4.0, 0.75
 """What refinement gives at best: points where a small picture scores highest, and a share of its bytes."""
 _MOSAIC_SECONDS = 0.25
