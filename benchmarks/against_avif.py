@@ -56,6 +56,7 @@ _ENCODER_THREADS = 8
 _ALIKE = 1.01
 """Up to here a blob counts as no larger."""
 _BANDS = ((40, 50), (50, 60), (60, 70), (70, 80), (80, 90))
+_NONE = "–"
 _FURTHER = 4
 """Levels that the search for AVIF's quality goes on by where nothing tells better."""
 
@@ -101,6 +102,11 @@ class Row:
     """At the view's score."""
     passing: float = math.nan
     """That passes the same gate."""
+
+    @property
+    def ratios(self) -> list[tuple[float, float]]:
+        """What is set against what: the blob, its picture, and the blob again."""
+        return [(self.stored.blob, self.alike), (self.stored.picture, self.alike), (self.stored.blob, self.passing)]
 
 
 def main() -> None:
@@ -163,7 +169,7 @@ def main() -> None:
                         _fewest(peer.bytes_that_pass(preset) for peer in peers),
                     )
                 rows.append(row)
-                shown = f"{line.blob / row.alike:.3f}, {line.blob / row.passing:.3f}"
+                shown = f"{_shown(line.blob / row.alike)}, {_shown(line.blob / row.passing)}"
                 print(f"{line.name} {preset}: {line.how}, {shown}", file=sys.stderr, flush=True)
     print(f"esrfs {made_by}; {peer_by}, {' or '.join(arguments.sampling)}; {describe()}\n")
     _print_pictures(rows)
@@ -317,40 +323,45 @@ def _print_pictures(rows: Sequence[Row]) -> None:
         line = row.stored
         cells = [line.name, line.preset, line.how]
         if line.blob:
-            cells += [f"{line.score:.1f}", f"{line.blob:,}", f"{row.alike:,.0f}", f"{row.passing:,.0f}"]
-            cells += [f"{line.blob / row.alike:.3f}", f"{line.picture / row.alike:.3f}"]
-            cells += [f"{line.blob / row.passing:.3f}"]
+            cells += [f"{line.score:.1f}", f"{line.blob:,}", _shown(row.alike, ",.0f"), _shown(row.passing, ",.0f")]
+            cells += [_shown(size / other) for size, other in row.ratios]
         print(f"| {' | '.join(cells)} |")
 
 
 def _print_means(rows: Sequence[Row], presets: Sequence[str]) -> None:
-    known = [row for row in rows if row.stored.blob and not math.isnan(row.alike + row.passing)]
+    known = [row for row in rows if row.stored.blob]
     groups: dict[str, list[Row]] = {preset: [row for row in known if row.stored.preset == preset] for preset in presets}
     for low, high in _BANDS:
         groups[f"scores {low} to {high}"] = [row for row in known if low <= row.stored.score < high]
-    print(
-        "\n| | pictures | blob : AVIF of the same score | its picture | larger | largest | blob : AVIF that passes ",
-        end="",
-    )
-    print("| larger | largest |")
-    print("|---" * 9 + "|")
+    heads = ["", "blobs", "of AVIF of the same score", "its picture", "larger", "largest"]
+    print(f"\n| {' | '.join([*heads, 'of AVIF that passes', 'larger', 'largest', 'AVIF does not pass'])} |")
+    print("|---" * 10 + "|")
     for folder in sorted({row.stored.name.split("/")[0] for row in known}):
         for label, group in groups.items():
             chosen = [row for row in group if row.stored.name.startswith(f"{folder}/")]
             if not chosen:
                 continue
-            pictures = statistics.geometric_mean(row.stored.picture / row.alike for row in chosen)
-            alike = _summary([row.stored.blob / row.alike for row in chosen])
-            passing = _summary([row.stored.blob / row.passing for row in chosen])
-            cells = [f"{folder}, {label}", str(len(chosen)), alike[0], f"{pictures:.3f}", *alike[1:], *passing]
-            print(f"| {' | '.join(cells)} |")
+            ratios = [[size / other for size, other in row.ratios] for row in chosen]
+            alike, picture, passing = zip(*ratios, strict=True)
+            missing = sum(map(math.isnan, passing))
+            cells = [f"{folder}, {label}", str(len(chosen)), _mean(alike), _mean(picture), *_largest(alike)]
+            print(f"| {' | '.join([*cells, _mean(passing), *_largest(passing), str(missing)])} |")
     print(f"\nMeans are geometric. Larger: by more than {_ALIKE - 1:.0%}.")
 
 
-def _summary(ratios: Sequence[float]) -> list[str]:
-    """Mean, how many are larger, the largest."""
+def _mean(ratios: Sequence[float]) -> str:
+    known = [ratio for ratio in ratios if not math.isnan(ratio)]
+    return f"{statistics.geometric_mean(known):.3f}" if known else _NONE
+
+
+def _largest(ratios: Sequence[float]) -> list[str]:
+    """How many are larger, the largest."""
     larger = sum(ratio > _ALIKE for ratio in ratios)
-    return [f"{statistics.geometric_mean(ratios):.3f}", str(larger), f"{max(ratios):.3f}"]
+    return [str(larger), _shown(max((ratio for ratio in ratios if not math.isnan(ratio)), default=math.nan))]
+
+
+def _shown(value: float, how: str = ".3f") -> str:
+    return _NONE if math.isnan(value) else format(value, how)
 
 
 if __name__ == "__main__":
